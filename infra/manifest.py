@@ -1,0 +1,187 @@
+"""The manifest: what a finished stage made. It exists if and only if the stage is complete.
+
+Layout of a stage's output, below the store's root::
+
+    stages/<stage>/<fingerprint>/
+        <table>/part-00003-<hash>.parquet    a part, named by its content
+        <table>/00003.json                   its commit record: only recorded parts count
+        files/…                              models and pages, if the stage makes any
+        manifest.json                        written last, exclusively
+
+A part is trusted by its record alone, so a file cut off by a crash is never read, and two runs of one stage cannot
+spoil each other: the second to record a shard adopts the first's part.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, Field
+
+from infra.store import Store
+
+FORMAT = 1
+# Rows of one row group: small enough that a training reader holds little, large enough to compress.
+ROW_GROUP = 4096
+
+
+class Part(BaseModel):
+    """One committed Parquet file of a table."""
+
+    shard: int
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Table(BaseModel):
+    """A table: its schema (Arrow IPC, hex, so that an empty table keeps its types) and its parts in shard order."""
+
+    schema_hex: str
+    parts: list[Part]
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def arrow_schema(self) -> pa.Schema:
+        return pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(self.schema_hex)))
+
+
+class File(BaseModel):
+    """One file of a folder that the stage made, such as a model's weights."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """Everything later stages, and people, need to know of a finished stage."""
+
+    format: int = FORMAT
+    stage: str
+    module: str
+    version: int
+    fingerprint: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    tables: dict[str, Table] = Field(default_factory=dict)
+    files: dict[str, list[File]] = Field(default_factory=dict)
+    facts: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    started: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    finished: datetime | None = None
+
+    @property
+    def folder(self) -> str:
+        return stage_folder(self.stage, self.fingerprint)
+
+    @property
+    def path(self) -> str:
+        return f"{self.folder}/manifest.json"
+
+    @property
+    def seconds(self) -> float:
+        return (self.finished - self.started).total_seconds() if self.finished else 0.0
+
+
+def stage_folder(stage: str, fingerprint: str) -> str:
+    return f"stages/{stage}/{fingerprint}"
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits of SHA-256 over canonical JSON."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def load_manifest(store: Store, path: str) -> Manifest:
+    """The manifest at ``path``; FileNotFoundError where the stage is not complete, ValueError for another format."""
+    manifest = Manifest.model_validate_json(store.read(path))
+    if manifest.format != FORMAT:
+        raise ValueError(f"{path}: manifest format {manifest.format}, this version reads {FORMAT}; redo the stage")
+    return manifest
+
+
+def commit_manifest(store: Store, manifest: Manifest) -> Manifest:
+    """Write the manifest exclusively; where another run was first, its manifest is the result."""
+    manifest.finished = datetime.now(UTC)
+    if store.create(manifest.path, manifest.model_dump_json(indent=1).encode()):
+        return manifest
+    return load_manifest(store, manifest.path)
+
+
+def record_path(folder: str, table: str, shard: int) -> str:
+    return f"{folder}/{table}/{shard:05d}.json"
+
+
+def commit_part(store: Store, folder: str, table: str, shard: int, rows: pa.Table) -> Part:
+    """Write a part and its commit record; where the shard is recorded already, the recorded part is the result."""
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer, compression="zstd", row_group_size=ROW_GROUP)
+    data = buffer.getvalue()
+    digest = hashlib.sha256(data).hexdigest()
+    path = f"{folder}/{table}/part-{shard:05d}-{digest[:16]}.parquet"
+    part = Part(shard=shard, path=path, rows=rows.num_rows, bytes=len(data), sha256=digest)
+    store.write(path, data)
+    record = record_path(folder, table, shard)
+    if store.create(record, part.model_dump_json().encode()):
+        return part
+    return Part.model_validate_json(store.read(record))
+
+
+def committed_parts(store: Store, folder: str, table: str) -> dict[int, Part]:
+    """Recorded parts of a table by shard."""
+    records = (path for path in store.list(f"{folder}/{table}") if path.endswith(".json"))
+    parts = (Part.model_validate_json(store.read(path)) for path in records)
+    return {part.shard: part for part in parts}
+
+
+def read_part(store: Store, part: Part, columns: list[str] | None = None) -> pa.Table:
+    """A part's rows. ValueError where the bytes are not the ones that were committed."""
+    data = store.read(part.path)
+    if hashlib.sha256(data).hexdigest() != part.sha256:
+        raise ValueError(f"{store.location(part.path)}: damaged, its hash is not the committed one; redo the stage")
+    return pq.read_table(pa.BufferReader(data), columns=columns)
+
+
+def read_table(store: Store, manifest: Manifest, table: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """A table part by part, in shard order; one part is in memory at a time."""
+    if table not in manifest.tables:
+        known = ", ".join(manifest.tables) or "none"
+        raise ValueError(f"{manifest.path} has no table {table!r}; it has {known}")
+    for part in manifest.tables[table].parts:
+        yield read_part(store, part, columns)
+
+
+def read_rows(store: Store, manifest: Manifest, table: str, columns: list[str] | None = None) -> pa.Table:
+    """A whole table in memory: for tables that are small by nature (signals, metrics, a budget's rows)."""
+    schema = manifest.tables[table].arrow_schema
+    if columns:
+        schema = pa.schema([schema.field(name) for name in columns])
+    return pa.concat_tables([schema.empty_table(), *read_table(store, manifest, table, columns)])
+
+
+def commit_files(store: Store, folder: Path, prefix: str) -> list[File]:
+    """Copy a local folder below ``prefix``; its files with size and hash, as they were before the copy."""
+    files = []
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        path = f"{prefix}/{file.relative_to(folder).as_posix()}"
+        files.append(File(path=path, bytes=file.stat().st_size, sha256=digest))
+    store.upload(folder, prefix)
+    return files
+
+
+def table_entry(schema: pa.Schema, parts: Iterable[Part]) -> Table:
+    return Table(schema_hex=schema.serialize().to_pybytes().hex(), parts=sorted(parts, key=lambda part: part.shard))

@@ -1,0 +1,114 @@
+"""Where models come from, and the engines that serve them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tasks.config.base import Config
+
+
+class HuggingFaceModel(Config):
+    """A model folder, or an id on the Hugging Face hub."""
+
+    type: Literal["huggingface"] = "huggingface"
+    id: str = Field(min_length=1)
+    """Hub id such as ``Qwen/Qwen3-8B``, or the path of a model folder (local or s3://)."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; resolved to a commit before the run. Not for folders."""
+
+
+class GgufModel(Config):
+    """A GGUF file, converted once to safetensors and kept in the store."""
+
+    type: Literal["gguf"] = "gguf"
+    file: str = Field(min_length=1)
+    """Path of the file; relative to the package where one is named."""
+    package: str | None = None
+    """An installed Python package that carries the file."""
+
+
+class PrunedModel(Config):
+    """Chosen layers of a larger model, with its embeddings and tokenizer."""
+
+    type: Literal["prune"] = "prune"
+    of: HuggingFaceModel | GgufModel = Field(discriminator="type")
+    """The model that gives the layers."""
+    layers: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    """Indices of the layers that stay, ascending."""
+
+
+class FreshModel(Config):
+    """A new, randomly initialised decoder of a given shape with another model's tokenizer."""
+
+    type: Literal["fresh"] = "fresh"
+    tokenizer_of: HuggingFaceModel | GgufModel = Field(discriminator="type")
+    """The model whose tokenizer, chat template and vocabulary size are taken over: the teacher's, as a rule."""
+    hidden_size: int = Field(ge=32, le=16384)
+    """Width. On CPU the serving engine wants a head size of 32, 64, 80, 96, 112, 128 or 256."""
+    intermediate_size: int = Field(ge=32)
+    """Width of the feed-forward layers."""
+    layers: int = Field(ge=1, le=200)
+    """Number of layers."""
+    heads: int = Field(ge=1)
+    """Attention heads; divides the width."""
+    kv_heads: int | None = Field(default=None, ge=1)
+    """Key-value heads; the attention heads where absent."""
+    seed: int = 0
+    """Seed of the initial weights."""
+
+
+ModelSource = Annotated[
+    HuggingFaceModel | GgufModel | PrunedModel | FreshModel,
+    Field(discriminator="type"),
+]
+
+
+class Models(Config):
+    """The three models of a run."""
+
+    teacher: ModelSource
+    """Expensive and imperfect: annotates, and intervenes during stage 2."""
+    assistant: ModelSource
+    """The teaching assistant (TA): scores what student and teacher wrote. May be the teacher."""
+    student: ModelSource
+    """The model that is trained."""
+    chat_template: str | None = None
+    """Jinja chat template for all three; the tokenizer's own where absent."""
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the template, such as ``enable_thinking: false``."""
+    allow_tokenizer_mismatch: bool = False
+    """Go on though teacher and student tokenizers differ. Only for methods that exchange text."""
+
+
+class EngineConfig(Config):
+    """How one model is served by vLLM."""
+
+    replicas: int = Field(default=1, ge=1, le=512)
+    """Engines of this model; shards are spread over them."""
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """GPUs an engine spreads one model over."""
+    max_model_len: int = Field(default=1024, ge=32)
+    """Longest prompt and answer together, tokens."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: bfloat16 on GPUs, float32 on CPU (bfloat16 is several times slower on most CPUs)."""
+    kv_cache_gib: float = Field(default=0.5, gt=0)
+    """Key-value cache of an engine on CPU, GiB."""
+    gpu_memory_share: float = Field(default=0.85, gt=0, lt=1)
+    """Share of a GPU's memory an engine may take."""
+    max_num_seqs: int = Field(default=64, ge=1, le=4096)
+    """Sequences an engine works on at once."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads of an engine without a GPU; 0: all cores."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of ``vllm.LLM``, as they are."""
+
+
+class Engines(Config):
+    """Engines by role. Roles with the same model and settings share their engines."""
+
+    teacher: EngineConfig = EngineConfig()
+    """Serves the teacher."""
+    assistant: EngineConfig = EngineConfig()
+    """Serves the TA."""
+    student: EngineConfig = EngineConfig()
+    """Serves the student and its checkpoints."""

@@ -1,0 +1,115 @@
+"""The settings of a whole run: one YAML file."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from tasks.config.base import Config
+from tasks.config.evaluate import EvaluateConfig, PromoteConfig
+from tasks.config.models import Engines, Models
+from tasks.config.prompts import PromptsConfig
+from tasks.config.signals import Budget, Sampling, Signals
+from tasks.config.train import Sft, TrainConfig
+
+
+class SamplingConfig(Config):
+    """How teacher and student write when they are sampled."""
+
+    teacher: Sampling = Sampling()
+    """Annotation."""
+    student: Sampling = Sampling(temperature=0.7, samples=5)
+    """Self-consistency samples."""
+    shard_size: int = Field(default=256, ge=1)
+    """Prompts of one shard: what is redone at most after a crash."""
+
+
+class Resources(Config):
+    """What a run may take. Nothing here changes a result."""
+
+    ray_address: str | None = None
+    """Address of a Ray cluster's job server (http://…:8265); where absent, a Ray head is started on this machine."""
+    train_workers: int = Field(default=1, ge=1, le=1024)
+    """Training workers."""
+    gpus_per_worker: int = Field(default=0, ge=0, le=1)
+    """GPUs of a training worker: 0 on CPU."""
+    stage_deadline_minutes: float = Field(default=1440, gt=0)
+    """A stage that runs longer is stopped and the run fails."""
+    stage_retries: int = Field(default=2, ge=0, le=20)
+    """How often a stage that died is submitted again; it continues at the first missing part."""
+
+
+class RunConfig(Config):
+    """A distillation, from prompts to a promoted student."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    """Name of the run: lower-case letters, digits, hyphens."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    models: Models
+    """Teacher, teaching assistant, student."""
+    prompts: PromptsConfig
+    """What to learn from."""
+    budget: Budget
+    """What may be asked of the teacher."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How teacher and student write."""
+    signals: Signals = Signals()
+    """What steers the queries and the filter."""
+    warmup: TrainConfig = TrainConfig(method=Sft(), steps=40)
+    """Stage 1."""
+    train: TrainConfig = TrainConfig()
+    """Stage 2."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Held-out measurement."""
+    promote: PromoteConfig = PromoteConfig()
+    """When the student is promoted."""
+    engines: Engines = Engines()
+    """How models are served."""
+    resources: Resources = Resources()
+    """What the run may take."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where models run; ``auto``: GPUs if this machine, or the cluster, has them."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "RunConfig":
+        warmup = int(self.budget.queries * self.budget.warmup_share)
+        if warmup < 1 or warmup >= self.budget.queries:
+            raise ValueError(
+                f"budget.warmup_share {self.budget.warmup_share} of {self.budget.queries} queries leaves a stage without"
+                " any: raise budget.queries"
+            )
+        for role, sampling in (("teacher", self.sampling.teacher), ("student", self.sampling.student)):
+            engine: Any = getattr(self.engines, role)
+            if self.prompts.max_prompt_tokens + sampling.max_tokens > engine.max_model_len:
+                raise ValueError(
+                    f"engines.{role}.max_model_len {engine.max_model_len} is below prompts.max_prompt_tokens "
+                    f"{self.prompts.max_prompt_tokens} + sampling.{role}.max_tokens {sampling.max_tokens}: raise it"
+                )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The settings of a YAML file, with ``key.path=value`` overrides (values are YAML). ValueError, or pydantic's
+    ValidationError, with the field at fault."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"config: no file {str(path)!r}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"config: {path} holds {type(data).__name__}, not settings by name")
+    for override in overrides or []:
+        keys, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set: {override!r} is not key.path=value")
+        *parents, last = keys.split(".")
+        place = data
+        for key in parents:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"--set: {override!r}: {key!r} holds a value, not settings")
+        place[last] = yaml.safe_load(value)
+    return RunConfig.model_validate(data)

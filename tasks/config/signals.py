@@ -1,0 +1,97 @@
+"""Sampling, the signals that steer teacher queries, and the budget. Constants by Zhou & Ai (2024) where stated there,
+by our own choice otherwise: the paper's body leaves shares and thresholds open."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tasks.config.base import Config
+
+
+class Sampling(Config):
+    """How a model writes."""
+
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    """0: greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Longest response, tokens."""
+    samples: int = Field(default=1, ge=1, le=64)
+    """Responses per prompt."""
+
+
+class Budget(Config):
+    """What may be asked of the teacher."""
+
+    queries: int = Field(ge=2)
+    """Annotation queries in all; each is charged once, kept or not."""
+    warmup_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share spent on random prompts before the signals exist."""
+    online_teacher_tokens: int | None = Field(default=None, ge=1)
+    """Cap on positions the teacher is asked about during on-policy training; none where absent."""
+
+
+P_TRUE = """Question: {question}
+Proposed answer: {answer}
+Is the proposed answer:
+ (A) True
+ (B) False
+The proposed answer is: ("""
+
+
+class PTrue(Config):
+    """The TA reads question and answer and says whether it is true (Kadavath et al. 2022)."""
+
+    type: Literal["p_true"] = "p_true"
+    template: str = P_TRUE
+    """Text with {question} and {answer}; the next token is read."""
+    true: str = "A"
+    """Continuation that means true; its first token is read."""
+    false: str = "B"
+    """Continuation that means false; its first token is read."""
+
+
+class MeanLogprob(Config):
+    """Length-normalised log-probability of the answer under the TA, as exp(mean)."""
+
+    type: Literal["mean_logprob"] = "mean_logprob"
+
+
+Confidence = Annotated[PTrue | MeanLogprob, Field(discriminator="type")]
+
+
+class Keep(Config):
+    """Which annotations enter the training set."""
+
+    rule: Literal["absolute", "quantile", "weight", "all"] = "quantile"
+    """``absolute``: TA confidence at or above the threshold. ``quantile``: above that quantile of the stage's scores.
+    ``weight``: all, weighted by confidence. ``all``: everything that is not empty."""
+    threshold: float = Field(default=0.3, ge=0, le=1)
+    """A confidence for ``absolute``, a quantile for ``quantile``."""
+    drop_truncated: bool = True
+    """Drop annotations that hit the length limit."""
+
+
+class Select(Config):
+    """Which prompts are worth a teacher query."""
+
+    rule: Literal["signals", "random"] = "signals"
+    """``signals``: the highest uncertainty, the weighted rank average of both signals. ``random``: no signals."""
+    consistency_weight: float = Field(default=1.0, ge=0)
+    """Weight of the student's self-consistency (number of unique answers)."""
+    assistant_weight: float = Field(default=1.0, ge=0)
+    """Weight of the TA's doubt about the student's answer."""
+
+
+class Signals(Config):
+    """Teaching-assistant-in-the-loop."""
+
+    confidence: Confidence = PTrue()
+    """How the TA's confidence is read."""
+    keep: Keep = Keep()
+    """The filter behind the teacher."""
+    select: Select = Select()
+    """The filter before the teacher."""
+    candidates: int | None = Field(default=None, ge=1)
+    """Prompts the student is sampled on, drawn at random from those not yet asked; all where absent."""

@@ -1,0 +1,162 @@
+"""Columns of every table that stages exchange. A change of meaning here raises the writing stage's version.
+
+Ids are 16 hex digits. ``prompt_id`` hashes the normalised conversation; ``sample_id`` hashes (prompt_id, role, revision,
+sampling settings, sample index, seed), so a redone shard has identical ids.
+"""
+
+import pyarrow as pa
+
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+
+# One problem to solve.
+PROMPT = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),  # the task or data set it comes from; results are reported by it
+        ("messages", pa.list_(MESSAGE)),  # the conversation up to the model's turn, system prompt included
+        ("answer", pa.string()),  # the known final answer, null where unknown
+        ("reference", pa.string()),  # a full reference response, null where there is none
+        ("verifier", pa.string()),  # name of the check of an answer, see tasks/verify.py
+        ("entry", pa.string()),  # JSON that the verifier needs beside the answer, null if nothing
+    ]
+)
+
+# A row that was refused, with the reason; nothing is thrown away.
+QUARANTINE = pa.schema(
+    [
+        ("source", pa.string()),
+        ("position", pa.int64()),  # row or line number in its source, from 0
+        ("reason", pa.string()),
+        ("raw", pa.string()),  # at most 10,000 characters of the row
+    ]
+)
+
+# One sampled response.
+SAMPLE = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("role", pa.string()),  # teacher | student | base | warmup | final
+        ("model", pa.string()),
+        ("revision", pa.string()),
+        ("sample_index", pa.int32()),
+        ("seed", pa.int64()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("token_ids", pa.list_(pa.int32())),  # the end-of-sequence token included where one was written
+        ("text", pa.string()),  # token_ids decoded without special tokens
+        ("finish_reason", pa.string()),  # stop | length
+        (
+            "logprob",
+            pa.float32(),
+        ),  # sum of the tokens' log-probabilities under the sampling model, nats; null if not asked
+    ]
+)
+
+# The TA's view of one teacher annotation, kept or not.
+SCORE = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("text", pa.string()),
+        ("final_answer", pa.string()),
+        ("correct", pa.bool_()),  # null where the answer is unknown
+        ("ta_teacher", pa.float32()),  # the TA's confidence in the annotation, 0 to 1
+        ("kept", pa.bool_()),
+        ("reason", pa.string()),  # kept | below_threshold | empty | truncated
+    ]
+)
+
+# One training row: an annotation that was kept.
+KEPT = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample_id", pa.string()),
+        ("source", pa.string()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("token_ids", pa.list_(pa.int32())),
+        ("weight", pa.float32()),
+    ]
+)
+
+# A prompt whose annotation was asked and paid for: on-policy rollouts may start from it, also where the row was dropped.
+CHARGED = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("prompt_token_ids", pa.list_(pa.int32()))])
+
+# All that steered (or did not lead to) a teacher query, one row a candidate prompt.
+SIGNAL = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("samples", pa.int32()),
+        ("unique_answers", pa.int32()),
+        ("majority_share", pa.float32()),
+        ("entropy", pa.float32()),  # normalised answer entropy, 0 to 1
+        ("majority_answer", pa.string()),
+        ("majority_text", pa.string()),
+        ("correct", pa.bool_()),  # of the majority answer; null where unknown
+        ("ta_student", pa.float32()),  # the TA's confidence in the majority answer, 0 to 1
+        ("uncertainty", pa.float32()),  # rank average, 0 to 1
+        ("selected", pa.bool_()),
+        ("reason", pa.string()),  # selected | budget_exhausted
+    ]
+)
+
+# Training curve, one row an optimiser step; null where a term does not apply.
+STEP = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("loss", pa.float32()),  # nats per response token of the global batch
+        ("loss_on_policy", pa.float32()),
+        ("loss_off_policy", pa.float32()),
+        ("validation_loss", pa.float32()),  # cross entropy, nats per response token; only at validation steps
+        ("learning_rate", pa.float32()),
+        ("gradient_norm", pa.float32()),
+        ("tokens", pa.int64()),  # response tokens of the step
+        ("seconds", pa.float32()),
+        ("rollout_seconds", pa.float32()),
+        ("intervention_rate", pa.float32()),
+        ("response_length", pa.float32()),  # mean tokens of a rollout
+        ("eos_rate", pa.float32()),  # share of rollouts that ended by themselves
+        ("teacher_tokens", pa.int64()),  # positions the teacher was asked about online
+    ]
+)
+
+# Interventions by response position, summed over the stage.
+POSITION = pa.schema(
+    [
+        ("position", pa.int32()),
+        ("emitted", pa.int64()),
+        ("interventions", pa.int64()),
+        ("agreeing", pa.int64()),  # interventions whose token was the student's draft as well
+        ("cuts", pa.int64()),
+    ]
+)
+
+# One evaluated response: SAMPLE's identity with its marks.
+EVALUATION = pa.schema(
+    [
+        ("label", pa.string()),  # base | teacher | warmup | final
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("sample_index", pa.int32()),
+        ("seed", pa.int64()),
+        ("text", pa.string()),
+        ("final_answer", pa.string()),
+        ("correct", pa.bool_()),
+        ("rouge_l", pa.float32()),  # F1, 0 to 100, the best over references; null without a reference
+        ("tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+    ]
+)
+
+# Response loss of the reference under a model, one row a held-out prompt and model.
+RESPONSE_LOSS = pa.schema(
+    [
+        ("label", pa.string()),
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("loss", pa.float32()),  # mean nats per reference token
+        ("tokens", pa.int32()),
+    ]
+)
