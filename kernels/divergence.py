@@ -1,6 +1,6 @@
 """Divergences between a teacher's and a student's next-token distributions, in plain tensor operations.
 
-p is the teacher, q the student. One family covers every Kullback-Leibler loss (docs: `method.md` sections 1 and 4):
+p is the teacher, q the student. One family covers every Kullback-Leibler loss:
 
     D = Σ_terms weight · KL(A ‖ B),   A ∈ {p, q},   B = c·p + (1 − c)·q
 
@@ -11,8 +11,8 @@ p is the teacher, q the student. One family covers every Kullback-Leibler loss (
     jsd(β)                β·KL(p ‖ M) + (1−β)·KL(q ‖ M),  M = β·p + (1−β)·q;  β = 0 is KL(p ‖ q), β = 1 is KL(q ‖ p)
 
 Total variation, ½ Σ|p − q|, stands apart. The functions here are the reference; `kernels/fused.py` is what trains.
-The gradient flows through q in A and in B, never into the teacher. Values are in nats. The module runs without importing
-torch itself, so a settings file may import `Divergence` for free.
+The gradient flows through q in A and in B, never into the teacher. Values are in nats. This module does not import
+torch (it only calls methods of tensors), so settings may import `Divergence` from it for free.
 
 Shape legend: N positions, V vocabulary, K stored teacher tokens of a position.
 """
@@ -133,16 +133,17 @@ def topk_divergence_N(
     divergence: Divergence,
     temperature: float = 1.0,
 ) -> Tensor:
-    """D of each position where the teacher is known at K tokens, everything else being one bucket of mass exp(log_tail).
+    """D of each position, the teacher known at K tokens and everything else being one bucket of mass exp(log_tail).
 
     Never above the divergence over the full vocabulary (merging tokens loses information), and equal to it at K = V.
-    The ids of a position are distinct; a slot with log-probability −inf is padding, and its id is ignored. `temperature`
-    is the student's: the teacher's log-probabilities are taken as they are.
+    The ids of a position are distinct; a slot with log-probability −inf is padding, and its id is ignored.
+    `temperature` is the student's: the teacher's log-probabilities are taken as they are.
     """
     log_q_NV = log_softmax(student_logits_NV, temperature)
     log_p_NK, log_q_NK = _slots(ids_NK, logprobs_NK, log_q_NV)
-    rows, slots = (logprobs_NK > -math.inf).nonzero(as_tuple=True)
-    stored_NV = log_q_NV.isnan().fill_(False)
+    kept_NK = logprobs_NK > -math.inf
+    rows, slots = kept_NK.nonzero(as_tuple=True)
+    stored_NV = kept_NK.new_zeros(log_q_NV.shape)
     stored_NV[rows, ids_NK[rows, slots]] = True
     # Summed over the rest rather than as 1 − Σ, which loses every digit of a small tail.
     log_q_tail_N1 = log_q_NV.masked_fill(stored_NV, LOG_ZERO).logsumexp(-1, keepdim=True)
@@ -159,12 +160,13 @@ def sampled_divergence_N(
     divergence: Divergence,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Unbiased estimate of D of each position from tokens drawn off the teacher's distribution (`codec.encode_sampled`).
+    """Unbiased estimate of each position's D from tokens drawn off the teacher's distribution (`codec.encode_sampled`).
 
-    D̂ = Σ_k importance_k · d(p_k, q_k), where d is the summand of D and importance is 1 for a token stored for certain and
-    (times drawn) / (expected times drawn) for a drawn one. Its mean over draws is D, its gradient's mean is D's gradient,
-    as long as p > 0 wherever q is. One estimate may be negative. For KL(p ‖ q) the spread is small; terms led by q weigh a
-    token by q/p, so their spread grows with the distance of the student. Padding and `temperature` as in `topk_divergence_N`.
+    D̂ = Σ_k importance_k · d(p_k, q_k), where d is the summand of D and importance is 1 for a token stored for certain,
+    and times drawn / expected times drawn for a drawn one. Its mean over draws is D and its gradient's mean is D's
+    gradient, as long as p > 0 wherever q is. A single estimate may be negative. For KL(p ‖ q) the spread is small;
+    terms led by q weigh a token by q/p, so theirs grows with the distance of the student.
+    Padding and `temperature` are as in `topk_divergence_N`.
     """
     log_p_NK, log_q_NK = _slots(ids_NK, logprobs_NK, log_softmax(student_logits_NV, temperature))
     return (importance_NK.to(log_p_NK.dtype) * pointwise(log_p_NK, log_q_NK, divergence)).sum(-1)
