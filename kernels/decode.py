@@ -1,0 +1,7 @@
+"""SWITCH decoding: `reference` (per token) and `blockwise` (the same tokens, in blocks)."""
+
+from kernels.reference import reference
+from kernels.rollout import Forwards, Rollout, Stats
+from kernels.rules import Sampling
+
+__all__ = ["Forwards", "Rollout", "Sampling", "Stats", "reference"]
