@@ -1,7 +1,7 @@
 """Columns of every table that stages exchange. A change of meaning here raises the writing stage's version.
 
-Ids are 16 hex digits. ``prompt_id`` hashes the normalised conversation; ``sample_id`` hashes (prompt_id, role, revision,
-sampling settings, sample index, seed), so a redone shard has identical ids.
+Ids are 16 hex digits. ``prompt_id`` hashes the normalised conversation; ``sample_id`` hashes (prompt_id, role,
+revision, sampling settings, sample index, seed), so a redone shard has identical ids.
 """
 
 import pyarrow as pa
@@ -80,7 +80,7 @@ KEPT = pa.schema(
     ]
 )
 
-# A prompt whose annotation was asked and paid for: on-policy rollouts may start from it, also where the row was dropped.
+# A prompt whose annotation was asked and paid for: on-policy rollouts may start from it, also if the row was dropped.
 CHARGED = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("prompt_token_ids", pa.list_(pa.int32()))])
 
 # All that steered (or did not lead to) a teacher query, one row a candidate prompt.

