@@ -1,0 +1,141 @@
+"""Metrics: what held-out problems say about base, warmed-up and final student and the teacher, with intervals.
+
+Loss: nats per reference token, lower is better. ROUGE-L: 0 to 100. Accuracy: share of correct responses, 0 to 1. Every
+response counts alike in the last two; in the loss every reference token does.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kernels.bootstrap import Interval, difference_interval, mean_interval
+from tasks.config.evaluate import EvaluateConfig
+
+METRICS = ("loss", "rouge_l", "accuracy")
+LABELS = ("base", "warmup", "final", "teacher")
+DIFFERENCES = {
+    "final-base": ("final", "base"),
+    "final-warmup": ("final", "warmup"),
+    "final-teacher": ("final", "teacher"),
+}
+EVALUATION_COLUMNS = ["label", "prompt_id", "source", "sample_index", "correct", "rouge_l"]
+LOSS_COLUMNS = ["label", "prompt_id", "source", "loss", "tokens"]
+# Sources reported one by one: the largest; a data set with thousands of them would hide the others.
+SOURCES = 30
+
+# {metric: mean, metric_ci: [low, high]}; None where unknown.
+Measured = dict[str, Any]
+
+
+@dataclass
+class Results:
+    """What was measured: over all held-out problems, and by source."""
+
+    metrics: dict[str, Measured]
+    differences: dict[str, Measured]
+    problems: int
+    by_source: dict[str, "Results"] = field(default_factory=dict)
+
+    def known(self, metric: str) -> list[str]:
+        """Labels with a value of this metric."""
+        return [label for label in LABELS if self.metrics[label][metric] is not None]
+
+
+@dataclass
+class Grids:
+    """One array [P, S] a label and metric over the same problems in the same order, P problems by S responses (S = 1
+    for the loss); NaN where unknown. Reference tokens [P] weigh the loss."""
+
+    values: dict[tuple[str, str], NDArray]
+    tokens: dict[str, NDArray]
+    sources: NDArray
+
+    def at(self, rows: NDArray) -> "Grids":
+        return Grids(
+            {key: grid[rows] for key, grid in self.values.items()},
+            {label: tokens[rows] for label, tokens in self.tokens.items()},
+            self.sources[rows],
+        )
+
+
+def measure(evaluations: pa.Table, losses: pa.Table, evaluate: EvaluateConfig, seed: int) -> Results:
+    """All metrics of tables with EVALUATION_COLUMNS and LOSS_COLUMNS, which may be empty; row order does not matter."""
+    grids = to_grids(evaluations, losses)
+    results = summarise(grids, evaluate, seed)
+    names, counts = np.unique(grids.sources, return_counts=True)
+    if len(names) > 1:
+        for name in names[np.argsort(-counts, kind="stable")][:SOURCES].tolist():
+            results.by_source[name] = summarise(grids.at(grids.sources == name), evaluate, seed)
+    return results
+
+
+def summarise(grids: Grids, evaluate: EvaluateConfig, seed: int) -> Results:
+    """Means and paired differences of all labels over the problems of `grids`."""
+    options: dict[str, Any] = {"resamples": evaluate.bootstrap, "confidence": evaluate.confidence, "seed": seed}
+
+    def weights(label: str, metric: str) -> NDArray | None:
+        return grids.tokens[label] if metric == "loss" else None
+
+    metrics, differences = {}, {}
+    for label in LABELS:
+        metrics[label] = measured(
+            {m: mean_interval(grids.values[label, m], weights=weights(label, m), **options) for m in METRICS}
+        )
+    for name, (new, old) in DIFFERENCES.items():
+        differences[name] = measured(
+            {
+                m: difference_interval(grids.values[new, m], grids.values[old, m], weights=weights(new, m), **options)
+                for m in METRICS
+            }
+        )
+    return Results(metrics, differences, problems=len(grids.sources))
+
+
+def measured(intervals: dict[str, Interval]) -> Measured:
+    """Intervals as plain JSON values."""
+    row: Measured = {}
+    for metric, (mean, low, high) in intervals.items():
+        row[metric] = None if np.isnan(mean) else mean
+        row[f"{metric}_ci"] = None if np.isnan(low) else [low, high]
+    return row
+
+
+def to_grids(evaluations: pa.Table, losses: pa.Table) -> Grids:
+    """The two tables as arrays over the union of their problems, ordered by prompt id."""
+    ids, labels = _strings(evaluations, "prompt_id"), _strings(evaluations, "label")
+    loss_ids, loss_labels = _strings(losses, "prompt_id"), _strings(losses, "label")
+    problems, first = np.unique(np.concatenate([ids, loss_ids]), return_index=True)
+    sources = np.concatenate([_strings(evaluations, "source"), _strings(losses, "source")])[first]
+    marks = {
+        metric: evaluations[name].cast(pa.float64()).to_numpy()
+        for metric, name in (("accuracy", "correct"), ("rouge_l", "rouge_l"))
+    }
+    # The same draw of every model stands in the same column: differences are paired.
+    column = evaluations["sample_index"].to_numpy()
+    row, loss_row = np.searchsorted(problems, ids), np.searchsorted(problems, loss_ids)
+    width = 1 + int(column.max(initial=0))
+
+    values, tokens = {}, {}
+    for label in LABELS:
+        at = labels == label
+        for metric, mark in marks.items():
+            values[label, metric] = _filled((len(problems), width), (row[at], column[at]), mark[at])
+        at = loss_labels == label
+        place = (loss_row[at], 0)
+        values[label, "loss"] = _filled((len(problems), 1), place, losses["loss"].to_numpy()[at])
+        count = _filled((len(problems), 1), place, losses["tokens"].cast(pa.float64()).to_numpy()[at])
+        tokens[label] = np.nan_to_num(count[:, 0])
+    return Grids(values, tokens, sources)
+
+
+def _strings(table: pa.Table, column: str) -> NDArray:
+    return table[column].to_numpy().astype(np.str_)
+
+
+def _filled(shape: tuple[int, int], place: Any, values: NDArray) -> NDArray:
+    grid = np.full(shape, np.nan)
+    grid[place] = values
+    return grid
