@@ -7,6 +7,7 @@ Shape legend: N response positions of a micro-batch, H student width, G teacher 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,8 +95,12 @@ class Switch(Divergent):
         super().__init__(teacher, named(divergence.name, alpha=divergence.alpha, beta=divergence.beta), vocabulary)
         self.on_policy_share, self.max_new_tokens = settings.on_policy_share, settings.max_new_tokens
         self.gate = gate_of(settings)
+        drafter = "student" if settings.block else None
         self.sampling = decode.Sampling(settings.temperature)
-        self.decode: Callable[..., Rollout] = decode.reference if settings.decoder == "reference" else decode.blockwise
+        self.decode: Callable[..., Rollout] = decode.reference
+        if settings.decoder == "blockwise":
+            # What a rollout learns about speed and acceptance serves the next one.
+            self.decode = partial(decode.blockwise, block=settings.block, drafter=drafter, pace=decode.Pace())
 
     def rollout(self, student: Any, prompts: list[Tensor], keys: list[int], eos_ids: list[int]) -> Rollout:
         return self.decode(

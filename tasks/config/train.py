@@ -113,6 +113,8 @@ class Switch(Config):
     """Longest rollout."""
     decoder: Literal["blockwise", "reference"] = "blockwise"
     """Both write the same tokens; ``reference`` asks both models for every one."""
+    block: int | None = Field(default=None, ge=1)
+    """Tokens that ``blockwise`` drafts at once. Absent: by measured speed, so two runs differ in rounding."""
     temperature: float = Field(default=1.0, gt=0, le=2)
     """Sampling temperature of rollouts."""
 

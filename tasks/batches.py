@@ -1,0 +1,168 @@
+"""Training data: rows and prompts from Parquet, the order they are drawn in, and padded micro-batches.
+
+Shape legend: B sequences, L padded length, T response tokens of a sequence, N response positions of a batch, G teacher
+width.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from infra.manifest import Manifest, read_table
+from infra.store import Store
+from kernels.noise import sequence_key
+from tasks.schemas import CHARGED, KEPT
+
+KEPT_COLUMNS = ["row_id", "prompt_id", "prompt_token_ids", "token_ids", "weight"]
+CHARGED_COLUMNS = ["prompt_id", "prompt_token_ids"]
+
+
+def chance(seed: int, *parts: int | str) -> float:
+    """A number in [0, 1) that depends on its arguments only."""
+    return (sequence_key(seed, *parts) % 2**64) / 2**64
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a stage trains on. ``left_out`` counts what it does not use, by reason."""
+
+    rows: pa.Table
+    validation: pa.Table
+    prompts: pa.Table
+    left_out: dict[str, int]
+
+
+def read_data(
+    store: Store, inputs: list[Manifest], *, seed: int, validation_share: float, max_length: int, max_new_tokens: int
+) -> Data:
+    """Kept rows and charged prompts of all inputs; ``max_new_tokens`` 0: the method starts no rollouts.
+
+    The side of a prompt, training or validation, is drawn by its id and the seed: all its rows fall on one side, in
+    every stage of a run, and no rollout starts from a validation prompt.
+    """
+    kept = _concat(store, inputs, "kept", KEPT, KEPT_COLUMNS)
+    prompt_T, response_T = (pc.list_value_length(kept[name]) for name in ("prompt_token_ids", "token_ids"))
+    short = pc.less_equal(pc.add(prompt_T, response_T), max_length)
+    empty = pc.equal(pc.multiply(prompt_T, response_T), 0)
+    left_out = {"rows_too_long": _count(pc.invert(short)), "rows_empty": _count(empty)}
+    kept = kept.filter(pc.and_not(short, empty))
+    held_out = _held_out(kept, seed, validation_share)
+
+    prompts = CHARGED.empty_table().select(CHARGED_COLUMNS)
+    if max_new_tokens:
+        prompts = _first_of_each(_concat(store, inputs, "charged", CHARGED, CHARGED_COLUMNS))
+        room = pc.less_equal(pc.list_value_length(prompts["prompt_token_ids"]), max_length - max_new_tokens)
+        left_out["prompts_too_long"] = _count(pc.invert(room))
+        prompts = prompts.filter(room)
+        held_out_prompts = _held_out(prompts, seed, validation_share)
+        left_out["prompts_of_validation"] = _count(held_out_prompts)
+        prompts = prompts.filter(pc.invert(held_out_prompts))
+    return Data(kept.filter(pc.invert(held_out)), kept.filter(held_out), prompts, left_out)
+
+
+def _concat(store: Store, inputs: list[Manifest], table: str, schema: pa.Schema, columns: list[str]) -> pa.Table:
+    parts = (part for manifest in inputs for part in read_table(store, manifest, table, columns))
+    return pa.concat_tables([schema.empty_table().select(columns), *parts])
+
+
+def _count(mask: pa.BooleanArray) -> int:
+    return pc.sum(mask).as_py() or 0
+
+
+def _held_out(table: pa.Table, seed: int, share: float) -> pa.BooleanArray:
+    ids = table["prompt_id"].to_pylist()
+    return pa.array([chance(seed, "validation", prompt_id) < share for prompt_id in ids], pa.bool_())
+
+
+def _first_of_each(prompts: pa.Table) -> pa.Table:
+    first = {prompt_id: i for i, prompt_id in reversed(list(enumerate(prompts["prompt_id"].to_pylist())))}
+    return prompts.take(pa.array(sorted(first.values()), pa.int64()))
+
+
+class Order:
+    """An endless order of ``size`` items, each once per visit, shuffled anew at every visit: a function of the seed."""
+
+    def __init__(self, size: int, seed: int, name: str) -> None:
+        self.size, self.seed, self.name = size, seed, name
+        self._shuffled: tuple[int, list[int]] = (-1, [])
+
+    def at(self, k: int) -> tuple[int, int]:
+        """(item, visit) of the k-th draw."""
+        visit, place = divmod(k, self.size)
+        if self._shuffled[0] != visit:
+            generator = torch.Generator().manual_seed(sequence_key(self.seed, "order", self.name, visit))
+            self._shuffled = visit, torch.randperm(self.size, generator=generator).tolist()
+        return self._shuffled[1][place], visit
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A prompt and a response. ``teacher_hidden_TG``: what the teacher's projection saw at each response position."""
+
+    name: str
+    prompt: Tensor
+    response: Tensor
+    weight: float = 1.0
+    on_policy: bool = False
+    teacher_hidden_TG: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def row_sequence(rows: pa.Table, index: int) -> Sequence:
+    row = rows.slice(index, 1).to_pylist()[0]
+    prompt, response = torch.tensor(row["prompt_token_ids"]), torch.tensor(row["token_ids"])
+    return Sequence(row["row_id"], prompt, response, row["weight"])
+
+
+def prompt_of(prompts: pa.Table, index: int) -> tuple[str, Tensor]:
+    row = prompts.slice(index, 1).to_pylist()[0]
+    return row["prompt_id"], torch.tensor(row["prompt_token_ids"])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded sequences and their response positions, flat. No mask: with causal attention nothing that counts
+    can see the padding behind it."""
+
+    ids_BL: Tensor
+    where_N: Tensor  # index, into B x L, of the position that predicts the response token: the one before it
+    targets_N: Tensor
+    weights_N: Tensor  # float64: it carries the division by the global token count
+    on_policy_N: Tensor
+
+
+def collate(sequences: list[Sequence], device: torch.device) -> Batch:
+    """The batch of these sequences; of none, a batch of one padding token with N = 0 (a worker without work must run
+    the same collectives as the others)."""
+    longest = max(map(len, sequences), default=1)
+    ids_BL = torch.zeros(max(1, len(sequences)), longest, dtype=torch.int64)
+    where, targets, weights, on_policy = [], [], [], []
+    for row, sequence in enumerate(sequences):
+        start, end = len(sequence.prompt), len(sequence)
+        ids_BL[row, :start], ids_BL[row, start:end] = sequence.prompt, sequence.response
+        where.append(torch.arange(start - 1, end - 1) + row * longest)
+        targets.append(sequence.response)
+        weights.append(torch.full((end - start,), sequence.weight, dtype=torch.float64))
+        on_policy.append(torch.full((end - start,), sequence.on_policy))
+    return Batch(
+        ids_BL.to(device),
+        torch.cat([torch.empty(0, dtype=torch.int64), *where]).to(device),
+        torch.cat([torch.empty(0, dtype=torch.int64), *targets]).to(device),
+        torch.cat([torch.empty(0, dtype=torch.float64), *weights]).to(device),
+        torch.cat([torch.empty(0, dtype=torch.bool), *on_policy]).to(device),
+    )
+
+
+def micro_batches(sequences: list[Sequence], size: int, count: int) -> Iterator[list[Sequence]]:
+    """Exactly ``count`` lists of at most ``size`` sequences, alike in length; the last ones may be empty."""
+    assert math.ceil(len(sequences) / size) <= count, f"{len(sequences)} sequences do not fit {count} batches of {size}"
+    by_length = sorted(sequences, key=len, reverse=True)
+    for i in range(count):
+        yield by_length[i * size : (i + 1) * size]
