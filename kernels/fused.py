@@ -60,7 +60,7 @@ def fused_divergence(
     def objective(logits_CV: Tensor, rows_C: Tensor, scale_C: Tensor) -> Tensor:
         teacher_CV = scratch.like("teacher", logits_CV)
         project_(teacher_CV, teacher_hidden_NG[rows_C], teacher_weight_VG, teacher_bias_V)
-        if logits_CV.is_cuda and importlib.util.find_spec("triton"):
+        if _takes_triton(logits_CV):
             from kernels.fused_triton import divergence_
 
             caps = (student_softcap, teacher_softcap)
@@ -171,6 +171,10 @@ def fused_cross_entropy(
         return by_blocks(logits_CV, scale_C, softcap, 1.0, scratch, rule)
 
     return projected_loss(objective, hidden_NH, weight_VH, bias_V, weights_N, chunk_size)
+
+
+def _takes_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda and importlib.util.find_spec("triton") is not None
 
 
 def _closed_form(
