@@ -197,22 +197,35 @@ class Engine:
         return shares
 
     def mean_logprob(
-        self, model: dict[str, Any], prompt_token_ids: list[list[int]], token_ids: list[list[int]]
-    ) -> list[float]:
-        """Mean log-probability, nats a token, of each response under this model given its prompt."""
+        self,
+        model: dict[str, Any],
+        conversations: list[list[dict[str, str]]],
+        texts: list[str],
+        *,
+        template_args: dict[str, Any] | None = None,
+    ) -> tuple[list[float], list[int]]:
+        """Mean log-probability (nats a token) of each text as the model's turn, its end token included, and its length
+        in tokens. Texts are encoded with this model's own tokenizer; what exceeds the context is left out."""
         from vllm import SamplingParams
 
         self.load(ModelRef.model_validate(model))
-        parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        prompts = [
-            {"prompt_token_ids": [*prompt, *response]}
-            for prompt, response in zip(prompt_token_ids, token_ids, strict=True)
-        ]
-        means = []
-        for output, prompt, response in zip(
-            self.llm.generate(prompts, parameters, use_tqdm=False), prompt_token_ids, token_ids, strict=True
+        parameters = SamplingParams(
+            temperature=0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        prompts, starts = [], []
+        for conversation, text in zip(conversations, texts, strict=True):
+            start = self._tokens(conversation, template_args or {})
+            response = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+            # One place is left for the token that vLLM insists on generating.
+            prompts.append({"prompt_token_ids": [*start, *response][: self.spec.max_model_len - 1]})
+            starts.append(len(start))
+        means, counts = [], []
+        for output, prompt, start in zip(
+            self.llm.generate(prompts, parameters, use_tqdm=False), prompts, starts, strict=True
         ):
-            read = output.prompt_logprobs[len(prompt) :]
+            response = prompt["prompt_token_ids"][start:]
+            read = output.prompt_logprobs[start:]
             total = sum(entry[token].logprob for entry, token in zip(read, response, strict=True))
             means.append(total / max(1, len(response)))
-        return means
+            counts.append(len(response))
+        return means, counts

@@ -12,7 +12,7 @@ from infra.store import Store
 
 
 class ModelRef(BaseModel):
-    """A model that a stage can load: a folder in the store, or a hub id at a commit. ``revision`` identifies weights."""
+    """A model that a stage can load: a folder in the store, or a hub id at a commit. ``revision`` names its weights."""
 
     name: str
     revision: str

@@ -61,9 +61,10 @@ def score(stage: Stage[KeepSettings]) -> None:
         for shard, prompts, samples in pairs(stage):
             if shard not in done:
                 conversations = [prompt["messages"] for prompt in prompts]
+                texts = samples["text"].to_pylist()
                 yield (
                     (shard, samples),
-                    confidence_call(settings.confidence, assistant, conversations, samples, settings.template_args),
+                    confidence_call(settings.confidence, assistant, conversations, texts, settings.template_args),
                 )
 
     rows_done = sum(part.rows for part in done.values())
@@ -169,8 +170,8 @@ def run(stage: Stage[KeepSettings]) -> None:
     )
     if not stage.facts["kept"]:
         raise ValueError(
-            f"signals.keep: rule {stage.settings.keep.rule!r} with threshold {stage.settings.keep.threshold} kept none of "
-            f"{stage.facts['scored']} annotations ({stage.facts['reasons']}): lower the threshold"
+            f"signals.keep.threshold: {stage.settings.keep.threshold} ({stage.settings.keep.rule}) kept none of "
+            f"{stage.facts['scored']} annotations ({stage.facts['reasons']}): lower it"
         )
 
 

@@ -98,6 +98,16 @@ def identity(source: ModelSource) -> str:
     return hub_commit(source)
 
 
+def parameters_on_disk(source: HuggingFaceModel | GgufModel) -> float:
+    """Roughly the parameters of a model on this disk: a GGUF file has about 0.7 bytes each, safetensors two or four. 0
+    for a hub id that is not here."""
+    if isinstance(source, GgufModel):
+        return gguf_path(source).stat().st_size / 0.68
+    folder = Path(source.id)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    return size / 3
+
+
 def display_name(source: ModelSource) -> str:
     if isinstance(source, PrunedModel):
         return f"{display_name(source.of)} ({len(source.layers)} layers)"

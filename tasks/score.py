@@ -1,14 +1,13 @@
 """The TA's confidence that an answer to a prompt is right, between 0 and 1."""
 
 from collections.abc import Callable
+from math import exp
 from typing import Any
-
-import pyarrow as pa
 
 from infra.models import ModelRef
 from tasks.config.signals import Confidence, PTrue
 
-# What of a conversation the TA is shown. System prompts are instructions to the answering model, not part of the question.
+# What of a conversation the TA is shown. A system prompt instructs the answering model; it is not the question.
 QUESTION_ROLES = ("user", "assistant", "tool")
 
 
@@ -31,31 +30,30 @@ def confidence_call(
     confidence: Confidence,
     model: ModelRef,
     conversations: list[list[dict[str, str]]],
-    answers: pa.Table,
+    texts: list[str],
     template_args: dict[str, Any],
 ) -> Callable[[Any], Any]:
-    """One engine call that scores a shard. ``answers`` has columns prompt_token_ids, token_ids, text, aligned with the
-    conversations; the result is a list of p_true (0 to 1), or of mean log-probabilities (nats) that
-    ``as_confidence`` maps to 0…1."""
+    """One engine call that scores a shard of answers, aligned with their conversations. ``as_confidence`` reads its
+    result."""
     if isinstance(confidence, PTrue):
-        texts = [
+        questions = [
             filled(confidence.template, question(conversation), text)
-            for conversation, text in zip(conversations, answers["text"].to_pylist(), strict=True)
+            for conversation, text in zip(conversations, texts, strict=True)
         ]
         return lambda engine: engine.choice.remote(
             model.model_dump(),
-            texts,
+            questions,
             prefill=confidence.prefill,
             first=confidence.true,
             second=confidence.false,
             template_args=template_args,
         )
-    prompts, responses = answers["prompt_token_ids"].to_pylist(), answers["token_ids"].to_pylist()
-    return lambda engine: engine.mean_logprob.remote(model.model_dump(), prompts, responses)
+    return lambda engine: engine.mean_logprob.remote(
+        model.model_dump(), conversations, texts, template_args=template_args
+    )
 
 
-def as_confidence(confidence: Confidence, values: list[float]) -> list[float]:
-    """exp(mean log-probability) is the geometric mean probability of a token, so both kinds lie between 0 and 1."""
-    from math import exp
-
-    return values if isinstance(confidence, PTrue) else [exp(value) for value in values]
+def as_confidence(confidence: Confidence, result: Any) -> list[float]:
+    """Confidences from an engine's answer: p_true as it is; exp of the mean log-probability, which is the geometric
+    mean probability of a token. Both lie between 0 and 1."""
+    return result if isinstance(confidence, PTrue) else [exp(mean) for mean in result[0]]

@@ -44,7 +44,7 @@ class Runtime(BaseModel):
     workers: int = 1
     gpus_per_worker: int = 0
     threads: int = 0  # torch threads of a worker; 0: all cores
-    verifier_modules: list[str] = Field(default_factory=list)
+    release_engines: bool = False  # end the run's engines before training
 
 
 class StageSpec(BaseModel):

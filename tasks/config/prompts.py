@@ -1,5 +1,6 @@
 """Where prompts come from, and which of them are refused."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -34,7 +35,8 @@ class Fields(Config):
     prompt: str | None = "prompt"
     """Column of a plain prompt."""
     messages: str | None = None
-    """Column of messages (a list of ``{role, content}``); takes precedence over the prompt."""
+    """Column of messages (a list of ``{role, content}``); takes precedence over the prompt. A last message of the
+    assistant is the reference response."""
     context: str | None = None
     """Column whose text, where not empty, is put below the prompt (such as Dolly's context)."""
     answer: str | None = None
@@ -45,6 +47,21 @@ class Fields(Config):
     """Column of a full reference response."""
     source: str | None = None
     """Column of the task name; the file's name where absent."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> "Fields":
+        if not self.prompt and not self.messages:
+            raise ValueError("fields name neither a prompt nor a messages column: give one")
+        if self.answer_pattern is not None:
+            if not self.answer:
+                raise ValueError("fields.answer_pattern needs fields.answer, the column it looks in")
+            try:
+                groups = re.compile(self.answer_pattern).groups
+            except re.error as error:
+                raise ValueError(f"fields.answer_pattern {self.answer_pattern!r} is no pattern: {error}") from None
+            if groups != 1:
+                raise ValueError(f"fields.answer_pattern {self.answer_pattern!r} has {groups} groups: it needs one ( )")
+        return self
 
 
 class JsonlSource(Config):
@@ -116,8 +133,9 @@ class PromptsConfig(Config):
     system: str | None = None
     """System prompt put before conversations that have none."""
     verifier: str = "auto"
-    """How answers are checked: ``auto`` (the source's own), ``number``, ``choice``, ``yes_no``, ``exact``, ``math``,
-    ``none``, or your own as ``module:function`` (text, answer, entry) -> (final_answer, correct)."""
+    """How answers are checked: ``auto`` (a task's own; for files by the answer's form: a number, a letter, yes or no,
+    LaTeX, else the exact text), ``number``, ``choice``, ``yes_no``, ``exact``,
+    ``math``, ``none``, or your own as ``module:function`` (text, answer, entry) -> (final_answer, correct)."""
     max_prompt_tokens: int = Field(default=256, ge=8)
     """Longer prompts are quarantined."""
     near_duplicates: NearDuplicates = NearDuplicates()

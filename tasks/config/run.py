@@ -34,6 +34,8 @@ class Resources(Config):
     """Training workers."""
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     """GPUs of a training worker: 0 on CPU."""
+    release_engines: bool = False
+    """End the engines before training and load them again after it: for machines where both do not fit."""
     stage_deadline_minutes: float = Field(default=1440, gt=0)
     """A stage that runs longer is stopped and the run fails."""
     stage_retries: int = Field(default=2, ge=0, le=20)
@@ -74,8 +76,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
-        warmup = int(self.budget.queries * self.budget.warmup_share)
-        if warmup < 1 or warmup >= self.budget.queries:
+        if not 1 <= self.budget.warmup_queries < self.budget.queries:
             raise ValueError(
                 f"budget.warmup_share {self.budget.warmup_share} of {self.budget.queries} queries leaves a stage without"
                 " any: raise budget.queries"

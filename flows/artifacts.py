@@ -1,0 +1,96 @@
+"""What a run leaves in Prefect: a progress artifact a stage, tables, a summary, the report's place."""
+
+import time
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from flows.record import RunRecord
+from infra.store import Store
+
+UPDATE_SECONDS = 2.0
+LABELS = ("base", "warmup", "final", "teacher")
+
+
+class StageProgress:
+    """One stage's progress, updated in place, at most every two seconds."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.id: UUID | None = None
+        self._at = 0.0
+        self._last = 0.0
+
+    def update(self, event: dict[str, Any]) -> None:
+        share = 100.0 * event["done"] / event["total"] if event["total"] else 0.0
+        self._last = share
+        if time.monotonic() - self._at < UPDATE_SECONDS:
+            return
+        self._at = time.monotonic()
+        self._write(share, f"{event['done']:g} of {event['total']:g} {event['unit']}")
+
+    def _write(self, share: float, text: str | None = None) -> None:
+        if self.id is None:
+            created = create_progress_artifact(share, key=f"progress-{self.stage}", description=text)
+            assert isinstance(created, UUID)
+            self.id = created
+        else:
+            update_progress_artifact(self.id, share, description=text)
+
+    def close(self) -> None:
+        """The last figure, which the rate limit may have held back."""
+        if self.id is not None:
+            self._write(self._last)
+
+
+def interval(low_high: list[float] | None) -> str:
+    return f"{low_high[0]:.2f} to {low_high[1]:.2f}" if low_high else ""
+
+
+def metric_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a model, in the order of the story."""
+    rows = []
+    for label in LABELS:
+        if label in metrics:
+            row: dict[str, Any] = {"model": label}
+            for name in ("loss", "rouge_l", "accuracy"):
+                value = metrics[label][name]
+                row[name] = None if value is None else round(value, 4)
+                row[f"{name} interval"] = interval(metrics[label][f"{name}_ci"])
+            rows.append(row)
+    return rows
+
+
+def publish(record: RunRecord, store: Store) -> None:
+    """The facts of a finished run as artifacts of its flow run."""
+    manifests = record.manifests(store)
+    facts = manifests["report"].facts
+    stages = [
+        {
+            "stage": stage.name,
+            "seconds": round(stage.seconds, 1),
+            "reused": stage.reused,
+            "rows": sum(table.rows for table in manifests[stage.name].tables.values()),
+            "fingerprint": stage.fingerprint,
+        }
+        for stage in record.stages
+    ]
+    create_table_artifact(table=stages, key="stages", description="Stages of this run")
+    create_table_artifact(
+        table=metric_rows(facts["metrics"]), key="metrics", description="Held-out metrics with intervals"
+    )
+    report, student = store.location(facts["report"]), store.location(facts["student"])
+    link = report if "://" in report else f"file://{report}"
+    create_link_artifact(link=link, link_text="Report", key="report", description="The run's report")
+    create_markdown_artifact(
+        f"# {record.run}\n\n{facts['verdict']}\n\nReport: `{report}`\n\nStudent: `{student}`\n",
+        key="summary",
+        description="What this run did",
+    )

@@ -1,0 +1,226 @@
+"""The command line: ``switchyard run | plan | show | up | down``.
+
+Light until a command knows what it needs: Prefect reads its settings when it is imported, so servers come first.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from flows.local import Local, running_local
+from infra.store import open_store
+from tasks.config import RunConfig, load_config
+
+app = typer.Typer(
+    help="Distil a large language model into a small one.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+console = Console(stderr=True)
+
+ConfigFile = Annotated[Path, typer.Argument(help="The run's settings, a YAML file.")]
+Root = Annotated[str, typer.Option(help="Where results go: a folder or s3://bucket/prefix.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key.path=value. May be repeated.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line of stdout.")]
+
+
+class UserError(Exception):
+    """Mistakes to be told in one line each, exit code 2."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """One line per wrong field: where, what, the value."""
+    lines = []
+    for entry in error.errors(include_url=False):
+        # Names of union members stand in the path, but not in the file.
+        field = ".".join(str(key) for key in entry["loc"]) or "config"
+        value = entry.get("input")
+        got = "" if isinstance(value, dict) or entry["type"] == "missing" else f" (got {str(value)[:80]!r})"
+        lines.append(f"{field}: {entry['msg'].removeprefix('Value error, ')}{got}")
+    return lines
+
+
+def read_config(path: Path, overrides: list[str] | None) -> RunConfig:
+    try:
+        return load_config(path, overrides)
+    except ValidationError as error:
+        raise UserError(problems_of(error)) from None
+    except ValueError as error:
+        raise UserError([str(error)]) from None
+
+
+@contextmanager
+def prefect_server(root: str) -> Iterator[Any]:
+    """The server of ``switchyard up`` where it runs, else one of this command's own. Yields a function that waits."""
+    from flows.server import EmbeddedServer, environment
+
+    up = running_local()
+    if up:
+        os.environ.update(environment(Path(up.home), up.prefect_url))
+        yield lambda: None
+        return
+    home = Path(root) / ".prefect" if "://" not in root else Path.home() / ".switchyard" / "prefect"
+    server = EmbeddedServer(home)
+    server.start()
+    try:
+        yield server.wait
+    finally:
+        if "prefect" in sys.modules:
+            from prefect.logging.handlers import APILogHandler
+
+            # What still waits to be sent would be lost, with a complaint on the terminal.
+            APILogHandler.flush()
+        server.stop()
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    root: Root = "runs/default",
+    set_: Set = None,
+    from_: Annotated[str | None, typer.Option("--from", help="Do this stage, and what depends on it, again.")] = None,
+    json_: Json = False,
+) -> None:
+    """Run a distillation, or continue it where it was."""
+    settings = read_config(config, set_)
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    with prefect_server(root) as ready:
+        from flows.display import terminal
+        from flows.plan import plan_run
+
+        with console.status("checking the plan"):
+            plan = plan_run(settings, root)
+        if plan.problems:
+            raise UserError(plan.problems)
+        if from_ and from_ not in plan.names:
+            raise UserError([f"--from: {from_!r} is no stage; stages are {', '.join(plan.names)}"])
+        with console.status("starting Prefect's server"):
+            ready()
+        from flows.distill import distill
+
+        up = running_local()
+        if up and not settings.resources.ray_address:
+            resources = settings.resources.model_copy(update={"ray_address": up.ray_address})
+            settings = settings.model_copy(update={"resources": resources})
+        with terminal():
+            result = finish(distill(settings, root, from_, return_state=True), settings, root)
+    show_result(result)
+    if json_:
+        print(json.dumps(result), flush=True)
+    if result["state"] != "Completed":
+        raise typer.Exit(1)
+
+
+def finish(state: Any, settings: RunConfig, root: str) -> dict[str, Any]:
+    """The result of a flow run that ended, well or not."""
+    from flows.record import load_record, outcome, run_id
+
+    store = open_store(root)
+    record = load_record(store, run_id(settings))
+    if record is None:
+        raise RuntimeError(state.message)
+    if not state.is_completed() and record.state == "Completed":
+        record = record.model_copy(update={"state": state.name, "message": state.message or ""})
+    return outcome(record, store)
+
+
+def show_result(result: dict[str, Any]) -> None:
+    from flows.tables import metrics_table
+
+    if result["metrics"]:
+        console.print(metrics_table(result["metrics"]))
+    if result["state"] != "Completed":
+        console.print(f"[red]{result['state']}[/]: {result['message']}", highlight=False)
+        return
+    console.print(f"report   {result['report']}", highlight=False, soft_wrap=True)
+    console.print(f"student  {result['student']}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(config: ConfigFile, root: Root = "runs/default", set_: Set = None, json_: Json = False) -> None:
+    """Say what a run would do, what is done already, what it would cost, and what stands in its way. Starts nothing."""
+    from flows.plan import plan_run
+    from flows.tables import plan_table
+
+    settings = read_config(config, set_)
+    found = plan_run(settings, root)
+    console.print(plan_table(found))
+    if json_:
+        print(json.dumps(found.facts()), flush=True)
+    if found.problems:
+        raise UserError(found.problems)
+
+
+@app.command()
+def show(run: str, root: Root = "runs/default", json_: Json = False) -> None:
+    """Show a run: its stages, signals, accounting and metrics."""
+    from flows.record import find_record, outcome
+    from flows.tables import facts_table, metrics_table, stages_table
+
+    store = open_store(root)
+    try:
+        record = find_record(store, run)
+    except ValueError as error:
+        raise UserError([str(error)]) from None
+    result = outcome(record, store)
+    console.print(stages_table(result))
+    console.print(facts_table(record.manifests(store)))
+    if result["metrics"]:
+        console.print(metrics_table(result["metrics"]))
+    if json_:
+        print(json.dumps(result), flush=True)
+
+
+@app.command()
+def up() -> None:
+    """Start Prefect's server, a worker and a Ray head on loopback; runs use them until ``down``."""
+    with console.status("starting Prefect's server, a worker and a Ray head"):
+        local = Local.start()
+    print(f"Prefect  {local.prefect_url.removesuffix('/api')}\nRay      {local.ray_address}")
+
+
+@app.command()
+def down() -> None:
+    """End what ``up`` started."""
+    local = running_local()
+    if local is None:
+        console.print("nothing is up")
+        return
+    with console.status("ending the server, the worker and the Ray head"):
+        local.stop()
+
+
+def main() -> None:
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except Exception as error:
+        # Typer's own complaints about arguments know how to show themselves.
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What a person sees in the terminal while a run goes on: a line a stage, live with rate and time left."""
+
+import sys
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from infra.manifest import Manifest
+
+# What of a progress event is worth a glance, in this order.
+FACTS = ("now", "loss", "tokens_per_second", "intervention_rate")
+
+
+class Display:
+    """Silent: a run by a worker has Prefect's UI instead."""
+
+    def started(self, stage: str) -> None: ...
+
+    def progress(self, stage: str, event: dict[str, Any]) -> None: ...
+
+    def finished(self, stage: str, manifest: Manifest, *, reused: bool, seconds: float) -> None: ...
+
+
+class TerminalDisplay(Display):
+    """Finished stages as lines above one live line."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description:<16}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]}"),
+            TextColumn("[cyan]{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def started(self, stage: str) -> None:
+        self._task = self.live.add_task(stage, total=None, count="starting", facts="")
+
+    def progress(self, stage: str, event: dict[str, Any]) -> None:
+        if self._task is not None:
+            known = {name: event[name] for name in FACTS if event.get(name) is not None}
+            facts = "  ".join(f"{name.replace('_', ' ')} {value}" for name, value in known.items())
+            self.live.update(
+                self._task,
+                total=event["total"],
+                completed=event["done"],
+                count=f"{event['done']:g}/{event['total']:g} {event['unit']}",
+                facts=facts.replace("tokens per second", "tokens/s"),
+            )
+
+    def finished(self, stage: str, manifest: Manifest, *, reused: bool, seconds: float) -> None:
+        if self._task is not None:
+            self.live.remove_task(self._task)
+            self._task = None
+        rows = ", ".join(f"{table.rows:,} {name}" for name, table in manifest.tables.items())
+        mark, took = ("[dim]=[/]", "reused") if reused else ("[green]✓[/]", f"{seconds:.1f} s")
+        self.console.print(f"{mark} {stage:<16} {took:>9}   [dim]{rows}[/]", highlight=False)
+
+
+_current: Display = Display()
+
+
+def display() -> Display:
+    """The display of this process."""
+    return _current
+
+
+@contextmanager
+def terminal(enabled: bool = True) -> Any:
+    """Show runs of this process on stderr while the context lasts: stdout is for results."""
+    global _current
+    if not enabled:
+        yield
+        return
+    shown = TerminalDisplay(Console(file=sys.stderr))
+    _current = shown
+    try:
+        with shown.live:
+            yield
+    finally:
+        _current = Display()

@@ -1,0 +1,194 @@
+"""A distillation from beginning to end. This file is the story; everything else says how.
+
+    switchyard run configs/quickstart.yaml --root runs/quickstart
+
+A stage is a function from manifests to a manifest: ``stage(name, module, settings, **inputs)`` returns the place of its
+result, and does the work only where that result is not there yet.
+"""
+
+from typing import Any
+
+from prefect import flow
+from prefect.states import Cancelled
+
+from flows.runner import Runner, StageCancelled
+from flows.story import Pipeline
+from tasks.config import RunConfig
+from tasks.models import ROLES, identity
+from tasks.sources import identity as source_identity
+
+
+def identities(config: RunConfig) -> dict[str, Any]:
+    """What models and sources hold now. Read once, before the story: it decides what is done already."""
+    sources = [*config.prompts.sources, *config.prompts.heldout_sources]
+    return {
+        "models": {role: identity(getattr(config.models, role)) for role in ROLES},
+        "sources": [source_identity(source) for source in sources],
+    }
+
+
+def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
+    """All stages in order; returns the report's manifest. Planned and run by the same lines."""
+    config, stage = pipeline.config, pipeline.stage
+    plain = config.model_dump(mode="json")
+    budget, signals, shard_size = config.budget, config.signals, config.sampling.shard_size
+    template_args = config.models.chat_template_args
+    shared = {"shard_size": shard_size, "template_args": template_args}
+
+    def annotate(name: str, table: str, prompts: str) -> str:
+        """The teacher answers."""
+        settings = {"role": "teacher", "engine": "teacher", "table": table, "sampling": plain["sampling"]["teacher"]}
+        return stage(name, "tasks.sample", {**settings, **shared, "seed": config.seed}, models=models, prompts=prompts)
+
+    def keep(name: str, table: str, prompts: str, samples: str) -> str:
+        """The TA scores the teacher's answers; a rule keeps or drops them."""
+        settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": plain["signals"]["keep"]}
+        return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples)
+
+    # Prepare: models that load anywhere; prompts that are whole, new and apart from the held-out ones.
+    models = stage("models", "tasks.models", {"models": plain["models"], "identities": found["models"]})
+    prompts = stage(
+        "prompts",
+        "tasks.prompts",
+        {
+            "prompts": plain["prompts"],
+            "identities": found["sources"],
+            "seed": config.seed,
+            "warmup": budget.warmup_queries,
+            "candidates": signals.candidates,
+            "chat_template_args": template_args,
+        },
+        models=models,
+    )
+
+    # Warm up: a small share of the budget on random prompts makes a student whose signals mean something.
+    warmup_samples = annotate("warmup-annotate", "warmup", prompts)
+    warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_samples)
+    warmup = stage(
+        "warmup-train",
+        "tasks.train",
+        {"train": plain["warmup"], "seed": config.seed, "rows": ["warmup-keep"], "stage_name": "warmup"},
+        models=models,
+        warmup_keep=warmup_kept,
+    )
+
+    # Signals: where the student contradicts itself, and where the TA doubts it, the teacher is worth asking.
+    student_samples = stage(
+        "student-sample",
+        "tasks.sample",
+        {
+            "role": "student",
+            "engine": "student",
+            "weights": "warmup-train",
+            "table": "candidates",
+            "sampling": plain["sampling"]["student"],
+            "seed": config.seed,
+            **shared,
+        },
+        models=models,
+        prompts=prompts,
+        warmup_train=warmup,
+    )
+    selected = stage(
+        "select",
+        "tasks.select",
+        {
+            "select": plain["signals"]["select"],
+            "confidence": plain["signals"]["confidence"],
+            "queries": budget.queries - budget.warmup_queries,
+            "seed": config.seed,
+            **shared,
+        },
+        models=models,
+        prompts=prompts,
+        samples=student_samples,
+    )
+
+    # Annotate: the rest of the budget, on the selected prompts.
+    samples = annotate("annotate", "selected", selected)
+    kept = keep("keep", "selected", selected, samples)
+
+    # Train: SWITCH on the student's own sequences, mixed with everything kept.
+    final = stage(
+        "train",
+        "tasks.train",
+        {
+            "train": plain["train"],
+            "seed": config.seed,
+            "student_input": "warmup-train",
+            "rows": ["warmup-keep", "keep"],
+            "stage_name": "train",
+            "online_teacher_tokens": budget.online_teacher_tokens,
+        },
+        models=models,
+        warmup_train=warmup,
+        warmup_keep=warmup_kept,
+        keep=kept,
+    )
+
+    # Evaluate: base and teacher once and for all; warmed-up and final student with every change.
+    measure = {"evaluate": plain["evaluate"], "seed": config.seed, **shared}
+    before = stage(
+        "evaluate-before",
+        "tasks.evaluate",
+        {
+            **measure,
+            "entries": [{"label": "teacher", "engine": "teacher"}, {"label": "base", "engine": "student"}],
+        },
+        models=models,
+        prompts=prompts,
+    )
+    after = stage(
+        "evaluate-after",
+        "tasks.evaluate",
+        {
+            **measure,
+            "entries": [
+                {"label": "warmup", "engine": "student", "weights": "warmup-train"},
+                {"label": "final", "engine": "student", "weights": "train"},
+            ],
+            "references": "evaluate-before",
+        },
+        models=models,
+        prompts=prompts,
+        evaluate_before=before,
+        warmup_train=warmup,
+        train=final,
+    )
+
+    # Report and promote.
+    return stage(
+        "report",
+        "tasks.report",
+        {
+            "name": config.name,
+            "seed": config.seed,
+            "config": plain,
+            "evaluate": plain["evaluate"],
+            "promote": plain["promote"],
+            "budget": plain["budget"],
+        },
+        models=models,
+        prompts=prompts,
+        warmup_annotate=warmup_samples,
+        warmup_keep=warmup_kept,
+        warmup_train=warmup,
+        student_sample=student_samples,
+        select=selected,
+        annotate=samples,
+        keep=kept,
+        train=final,
+        evaluate_before=before,
+        evaluate_after=after,
+    )
+
+
+@flow(name="distill", flow_run_name="{config.name}", log_prints=False)
+def distill(config: RunConfig, root: str = "runs/default", redo_from: str | None = None) -> Any:
+    """Distil the teacher into the student: prompts in, a promoted student and its report out."""
+    with Runner.open(config, root, redo_from) as runner:
+        try:
+            story(runner, identities(config))
+        except StageCancelled as cancelled:
+            return Cancelled(message=str(cancelled))
+        return runner.outcome()

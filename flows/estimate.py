@@ -1,0 +1,128 @@
+"""What a run takes, before it runs: rows, tokens, seconds, memory. Orders of magnitude, from sizes and the machine.
+
+A decoder does about 2 floating-point operations a parameter and token forward, 6 in training. Rates are what these
+machines sustain, not their peak: measured on CPU cores with AVX2 or newer; a GPU's is a cautious share of an A100's.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+from flows.story import on_gpu
+from tasks.config import RunConfig
+from tasks.config.models import FreshModel, ModelSource, PrunedModel
+from tasks.config.prompts import ReasoningGymSource
+from tasks.config.train import Switch
+from tasks.models import parameters_on_disk
+
+GIB = 1 << 30
+DECODE_FLOPS_PER_CORE = 20e9
+TRAIN_FLOPS_PER_CORE = 60e9
+DECODE_FLOPS_PER_GPU = 20e12
+TRAIN_FLOPS_PER_GPU = 100e12
+START_SECONDS = {"cpu": 12.0, "gpu": 60.0}
+# Prompts and responses are seldom as long as they may be.
+FILL = 0.4
+# Interpreter, torch and vLLM of one engine or worker beside its weights.
+PROCESS_GIB = 1.0
+SERVICES_GIB = 1.5
+
+
+@dataclass
+class Cost:
+    """Of one stage."""
+
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Estimate:
+    """Of a run."""
+
+    stages: dict[str, Cost] = field(default_factory=dict)
+    teacher_queries: int = 0
+    memory_gib: float = 0.0
+    disk_gib: float = 0.0
+
+
+def parameters(source: ModelSource) -> float:
+    """Number of parameters, from file sizes or the shape; 0 if unknown."""
+    if isinstance(source, FreshModel):
+        return source.layers * (4 * source.hidden_size**2 + 3 * source.hidden_size * source.intermediate_size)
+    if isinstance(source, PrunedModel):
+        return parameters(source.of) * 0.4
+    return parameters_on_disk(source)
+
+
+def candidates(config: RunConfig) -> int:
+    """Prompts the student is sampled on, as far as sizes are known before reading."""
+    known = sum(
+        task.size
+        for source in config.prompts.sources
+        if isinstance(source, ReasoningGymSource)
+        for task in source.tasks
+    )
+    left = max(0, known - config.prompts.heldout - config.budget.warmup_queries)
+    return min(config.signals.candidates or left, left) if known else config.signals.candidates or 0
+
+
+def estimate(config: RunConfig) -> Estimate:
+    """The whole run's costs by stage."""
+    gpu = on_gpu(config)
+    cores = os.cpu_count() or 1
+    decode = DECODE_FLOPS_PER_GPU if gpu else DECODE_FLOPS_PER_CORE * cores
+    train = TRAIN_FLOPS_PER_GPU * config.resources.train_workers if gpu else TRAIN_FLOPS_PER_CORE * cores
+    start = START_SECONDS["gpu" if gpu else "cpu"]
+    teacher, assistant, student = (
+        parameters(getattr(config.models, role)) for role in ("teacher", "assistant", "student")
+    )
+    replicas = config.engines.teacher.replicas
+    result = Estimate()
+
+    def sample(name: str, prompts: int, samples: int, length: int, size: float) -> None:
+        tokens = int(prompts * samples * length * FILL)
+        result.stages[name] = Cost(prompts * samples, tokens, start + 2 * size * tokens / decode / replicas)
+
+    def fit(name: str, settings: object, rows: int) -> None:
+        from tasks.config.train import TrainConfig
+
+        assert isinstance(settings, TrainConfig)
+        tokens = int(settings.steps * settings.batch_size * settings.max_length * FILL)
+        flops = 6 * student * tokens
+        if isinstance(settings.method, Switch):
+            flops += 2 * teacher * tokens
+            rollout = settings.method.on_policy_share * settings.steps * settings.batch_size
+            flops += 2 * (student + teacher) * rollout * settings.method.max_new_tokens * FILL * train / decode
+        result.stages[name] = Cost(settings.steps, tokens, 2 * start + flops / train)
+
+    warmup, rest = config.budget.warmup_queries, config.budget.queries - config.budget.warmup_queries
+    asked, heldout = candidates(config), config.prompts.heldout
+    written, own = config.sampling.teacher, config.sampling.student
+    sample("warmup-annotate", warmup, written.samples, written.max_tokens, teacher)
+    sample("warmup-keep", warmup, 1, config.prompts.max_prompt_tokens, assistant)
+    fit("warmup-train", config.warmup, warmup)
+    sample("student-sample", asked, own.samples, own.max_tokens, student)
+    sample("select", asked, 1, config.prompts.max_prompt_tokens, assistant)
+    sample("annotate", rest, written.samples, written.max_tokens, teacher)
+    sample("keep", rest, 1, config.prompts.max_prompt_tokens, assistant)
+    fit("train", config.train, config.budget.queries)
+    seeds, length = len(config.evaluate.seeds), config.evaluate.max_tokens
+    sample("evaluate-before", heldout, seeds, length, teacher + student)
+    sample("evaluate-after", heldout, seeds, length, 2 * student)
+    for name in ("models", "prompts", "report"):
+        result.stages[name] = Cost(seconds=start)
+
+    result.teacher_queries = config.budget.queries * written.samples
+    width = 2 if gpu else 4
+    serving = {
+        repr(getattr(config.models, role)): parameters(getattr(config.models, role))
+        for role in ("teacher", "assistant", "student")
+    }
+    engines = sum(size * width / GIB + PROCESS_GIB + config.engines.teacher.kv_cache_gib for size in serving.values())
+    training = (16 * student + width * teacher) / GIB + 2 * PROCESS_GIB
+    result.memory_gib = SERVICES_GIB + (
+        max(engines, training) if config.resources.release_engines else engines + training
+    )
+    result.disk_gib = (4 * (teacher + student) + 12 * student * (1 + config.train.keep_checkpoints)) / GIB + 0.1
+    return result

@@ -1,0 +1,103 @@
+"""The plan of a run: its stages, what is done, what it would take, and what stands in its way. Starts nothing."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from flows.distill import identities, story
+from flows.estimate import Estimate, estimate
+from flows.preflight import preflight, readable
+from flows.record import load_record, run_id
+from flows.story import Pipeline
+from infra.store import open_store
+from tasks.config import RunConfig
+from tasks.stage import StageSpec
+
+
+@dataclass
+class PlannedStage:
+    """One stage: whether its result stands, and what it takes if not (rows and tokens it writes, seconds)."""
+
+    name: str
+    fingerprint: str
+    done: bool
+    rows: int
+    tokens: int
+    seconds: float | None
+
+
+@dataclass
+class Plan:
+    """What ``switchyard plan`` shows."""
+
+    run: str
+    root: str
+    stages: list[PlannedStage] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    teacher_queries: int = 0
+    memory_gib: float = 0.0
+    disk_gib: float = 0.0
+
+    @property
+    def names(self) -> list[str]:
+        return [stage.name for stage in self.stages]
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds or 0.0 for stage in self.stages if not stage.done)
+
+    @property
+    def summary(self) -> str:
+        from flows.tables import duration
+
+        left = sum(not stage.done for stage in self.stages)
+        return (
+            f"{left} of {len(self.stages)} stages to do, about {duration(self.seconds)}; "
+            f"{self.teacher_queries:,} teacher queries in all; memory about {self.memory_gib:.1f} GiB, "
+            f"disk about {self.disk_gib:.1f} GiB"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        return {**asdict(self), "seconds": self.seconds}
+
+
+class Planner(Pipeline):
+    """Follows the story and only notes it down."""
+
+    def __init__(self, config: RunConfig, root: str, run: str, redo: dict[str, int]) -> None:
+        super().__init__(config, root, run, redo)
+        self.specs: list[StageSpec] = []
+
+    def perform(self, spec: StageSpec) -> str:
+        self.specs.append(spec)
+        return spec.manifest_path
+
+
+def plan_run(config: RunConfig, root: str) -> Plan:
+    """The plan, with every problem that can be known before anything starts."""
+    run = run_id(config)
+    plan = Plan(run=run, root=root)
+    plan.problems = readable(config, root)
+    if plan.problems:
+        # Without models, sources and store there is nothing to look at further.
+        return plan
+    known = load_record(open_store(root), run)
+    planner = Planner(config, root, run, known.redo if known else {})
+    story(planner, identities(config))
+    needs: Estimate = estimate(config)
+    for spec in planner.specs:
+        cost = needs.stages.get(spec.stage)
+        plan.stages.append(
+            PlannedStage(
+                name=spec.stage,
+                fingerprint=spec.fingerprint,
+                done=planner.store.exists(spec.manifest_path),
+                rows=cost.rows if cost else 0,
+                tokens=cost.tokens if cost else 0,
+                seconds=cost.seconds if cost else None,
+            )
+        )
+    plan.teacher_queries = needs.teacher_queries
+    plan.memory_gib, plan.disk_gib = needs.memory_gib, needs.disk_gib
+    if not all(stage.done for stage in plan.stages):
+        plan.problems = preflight(config, root, needs)
+    return plan

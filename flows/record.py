@@ -1,0 +1,113 @@
+"""A run's record in the store: its settings, its stages, how it stands. ``runs/<run>/run.json``."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from infra.manifest import Manifest, fingerprint, load_manifest
+from infra.store import Store
+from tasks.config import RunConfig
+
+
+class StageRecord(BaseModel):
+    """One stage of a run."""
+
+    name: str
+    fingerprint: str
+    manifest: str
+    seconds: float = 0.0
+    reused: bool = False
+    attempts: int = 0
+
+
+class RunRecord(BaseModel):
+    """What ``show``, ``verify`` and the next ``run`` need to know."""
+
+    run: str
+    name: str
+    root: str
+    config: dict[str, Any]
+    state: str = "Running"
+    message: str = ""
+    redo: dict[str, int] = Field(default_factory=dict)
+    stages: list[StageRecord] = Field(default_factory=list)
+    started: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    finished: datetime | None = None
+    seconds: float = 0.0
+
+    @property
+    def path(self) -> str:
+        return record_path(self.run)
+
+    def save(self, store: Store) -> None:
+        store.write(self.path, self.model_dump_json(indent=1).encode())
+
+    def manifests(self, store: Store) -> dict[str, Manifest]:
+        """Manifests of the stages that are complete, by name."""
+        return {
+            stage.name: load_manifest(store, stage.manifest) for stage in self.stages if store.exists(stage.manifest)
+        }
+
+
+def record_path(run: str) -> str:
+    return f"runs/{run}/run.json"
+
+
+def run_id(config: RunConfig) -> str:
+    """Name and hash of what the run computes: the same settings are the same run, wherever its models are served."""
+    return (
+        f"{config.name}-{fingerprint(config.model_dump(mode='json', exclude={'resources', 'engines', 'device'}))[:8]}"
+    )
+
+
+def load_record(store: Store, run: str) -> RunRecord | None:
+    try:
+        return RunRecord.model_validate_json(store.read(record_path(run)))
+    except FileNotFoundError:
+        return None
+
+
+def find_record(store: Store, run: str) -> RunRecord:
+    """The record of a run by its id or by the start of it; ValueError with the known ones."""
+    known = [path.split("/")[1] for path in store.list("runs") if path.endswith("/run.json")]
+    matching = [name for name in known if name == run] or [name for name in known if name.startswith(run)]
+    if len(matching) != 1:
+        raise ValueError(f"run: {run!r} names {len(matching)} of the runs in {store.uri}: {', '.join(known) or 'none'}")
+    record = load_record(store, matching[0])
+    assert record is not None, "listed a moment ago"
+    return record
+
+
+def outcome(record: RunRecord, store: Store) -> dict[str, Any]:
+    """The facts of a run for programs: what ``switchyard run --json`` prints."""
+    manifests = record.manifests(store)
+    facts = manifests["report"].facts if "report" in manifests else {}
+    rows = {
+        name: {table: entry.rows for table, entry in manifest.tables.items()} for name, manifest in manifests.items()
+    }
+    return {
+        "run": record.run,
+        "state": record.state,
+        "message": record.message,
+        "report": store.location(facts["report"]) if facts else None,
+        "student": store.location(facts["student"]) if facts else None,
+        "promoted": facts.get("promoted"),
+        "metrics": facts.get("metrics"),
+        "seconds": round(record.seconds, 1),
+        "stages": [
+            {
+                "name": stage.name,
+                "fingerprint": stage.fingerprint,
+                "rows": rows.get(stage.name, {}),
+                "seconds": round(stage.seconds, 1),
+                "reused": stage.reused,
+            }
+            for stage in record.stages
+        ],
+    }
+
+
+def dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=True)

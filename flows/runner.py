@@ -1,0 +1,239 @@
+"""The spine: each stage is one Prefect task that submits one Ray job, watches it, and reads its manifest.
+
+The flow is no Ray driver: it talks to the cluster through the Jobs API only, so that a cancel or Ctrl-C unwinds here
+and ends the job, whatever Ray is doing. Every path out of ``perform`` stops the job it started.
+"""
+
+import json
+import logging
+import shlex
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+from prefect import Task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+
+from flows.artifacts import StageProgress, publish
+from flows.display import display
+from flows.record import RunRecord, StageRecord, load_record, outcome, run_id
+from flows.story import Pipeline
+from infra.cluster import FINAL, QUIET, Cluster, Job, submit
+from infra.manifest import Manifest, load_manifest
+from infra.store import open_store
+from tasks.config import RunConfig
+from tasks.stage import MARK, StageSpec
+
+POLL_SECONDS = 0.3
+STATE_SECONDS = 2.0
+LEASE_SECONDS = 10.0
+LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARNING": logging.WARNING, "ERROR": logging.ERROR}
+
+
+class StageCancelled(Exception):
+    """The flow run was cancelled while a stage ran."""
+
+
+class StageFailed(RuntimeError):
+    """A stage ended without a manifest. The message is its cause in one line."""
+
+
+class Runner(Pipeline):
+    """Runs the story. Opens the cluster and the engine room on first need, so a fully reused run starts neither."""
+
+    def __init__(self, config: RunConfig, root: str, record: RunRecord) -> None:
+        super().__init__(config, root, record.run, record.redo)
+        self.record = record
+        self.cluster = Cluster(config.resources.ray_address)
+        self.room: Job | None = None
+        self.began = time.monotonic()
+        self._rooms = 0
+        self._closed = threading.Event()
+
+    @classmethod
+    def open(cls, config: RunConfig, root: str, redo_from: str | None = None) -> "Runner":
+        """The run of these settings, new or continued."""
+        store, run = open_store(root), run_id(config)
+        known = load_record(store, run)
+        redo = dict(known.redo) if known else {}
+        if redo_from:
+            redo[redo_from] = redo.get(redo_from, 0) + 1
+        record = RunRecord(run=run, name=config.name, root=store.uri, config=config.model_dump(mode="json"), redo=redo)
+        record.save(store)
+        return cls(config, root, record)
+
+    def __enter__(self) -> "Runner":
+        threading.Thread(target=self._renew_lease, daemon=True, name="lease").start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._closed.set()
+        cancelled = isinstance(error, StageCancelled | KeyboardInterrupt | SystemExit)
+        self.record.state = "Completed" if error is None else "Cancelled" if cancelled else "Failed"
+        self.record.message = "" if error is None else " ".join(str(error).split())[:1000]
+        self.record.seconds = time.monotonic() - self.began
+        self.record.save(self.store)
+        try:
+            if self.room and self.cluster.started and not self.cluster.own:
+                self.room.stop()
+        finally:
+            self.cluster.close()
+
+    def outcome(self) -> dict[str, Any]:
+        """Facts of the finished run. Its record is written as completed first."""
+        self.record.state, self.record.seconds = "Completed", time.monotonic() - self.began
+        publish(self.record, self.store)
+        return outcome(self.record, self.store)
+
+    def perform(self, spec: StageSpec) -> str:
+        """One stage as a Prefect task, in the flow's own thread."""
+        run = Task(
+            fn=self._stage, name=spec.stage, task_run_name=spec.stage, cache_policy=NO_CACHE, persist_result=False
+        )
+        manifest = run(spec)
+        entry = self.record.stages[-1]
+        display().finished(spec.stage, manifest, reused=entry.reused, seconds=entry.seconds)
+        return spec.manifest_path
+
+    def _stage(self, spec: StageSpec) -> Manifest:
+        entry = StageRecord(name=spec.stage, fingerprint=spec.fingerprint, manifest=spec.manifest_path)
+        self.record.stages.append(entry)
+        began = time.monotonic()
+        if self.store.exists(spec.manifest_path):
+            entry.reused = True
+        else:
+            display().started(spec.stage)
+            while not self._attempt(spec, entry):
+                get_run_logger().warning("%s ended without a result; attempt %d", spec.stage, entry.attempts + 1)
+        entry.seconds = time.monotonic() - began
+        self.record.save(self.store)
+        return load_manifest(self.store, spec.manifest_path)
+
+    def _attempt(self, spec: StageSpec, entry: StageRecord) -> bool:
+        """Run the stage's job once. True: its manifest stands. False: it died and may be tried again."""
+        self._open_room()
+        entry.attempts += 1
+        spec_path = f"{spec.folder}/spec.json"
+        self.store.write(spec_path, spec.model_dump_json(indent=1).encode())
+        job = self._submit(spec, entry, spec_path)
+        watch = StageWatch(spec.stage)
+        try:
+            self._watch(job, watch)
+        finally:
+            # Also on Ctrl-C and cancel: the job must not outlive its flow.
+            with suppress(ConnectionError, RuntimeError):
+                job.stop()
+            watch.close()
+        if self.store.exists(spec.manifest_path):
+            return True
+        if watch.error:
+            raise StageFailed(f"{spec.stage}: {watch.error}")
+        if entry.attempts > self.config.resources.stage_retries:
+            raise StageFailed(f"{spec.stage}: its job ended {job.status} {entry.attempts} times; {watch.last_line}")
+        return False
+
+    def _submit(self, spec: StageSpec, entry: StageRecord, spec_path: str) -> Job:
+        """A job named by run, stage and attempt; an id that is taken by an ended job means the next attempt."""
+        command = shlex.join(self._python("-m", spec.module, "--root", self.store.uri, "--spec", spec_path))
+        number = entry.attempts
+        while True:
+            try:
+                job_id = f"{self.run}-{spec.stage}-{spec.fingerprint[:8]}-{number}"
+                return submit(self.cluster, job_id, command, self._environment(), {"fingerprint": spec.fingerprint})
+            except ValueError:
+                number += 1
+
+    def _python(self, *arguments: str) -> list[str]:
+        # On a cluster the image's own interpreter runs the stage.
+        return [sys.executable if self.cluster.on_this_machine else "python", *arguments]
+
+    def _environment(self) -> dict[str, str]:
+        return {**QUIET, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def _watch(self, job: Job, watch: "StageWatch") -> None:
+        """Follow the job to its end. Raises StageCancelled, or StageFailed past the deadline."""
+        deadline = time.monotonic() + 60 * self.config.resources.stage_deadline_minutes
+        state_at = time.monotonic()
+        while job.status not in FINAL:
+            watch.take(job.lines())
+            now = time.monotonic()
+            if now > deadline:
+                minutes = self.config.resources.stage_deadline_minutes
+                raise StageFailed(f"{watch.stage}: past resources.stage_deadline_minutes {minutes:g}")
+            if now - state_at > STATE_SECONDS:
+                state_at = now
+                check_cancelled()
+                self._open_room()
+            time.sleep(POLL_SECONDS)
+        watch.take(job.drain())
+
+    def _open_room(self) -> None:
+        """See that the run's engine room is open; a room that ended is replaced under a new id."""
+        if self.room and self.room.status not in FINAL:
+            return
+        self._rooms += 1
+        self._write_lease(0)
+        arguments = ("-m", "infra.engine_room", "--namespace", f"switchyard-{self.run}")
+        place = ("--root", self.store.uri, "--lease", self._lease_path)
+        self.room = submit(
+            self.cluster,
+            f"{self.run}-room-{time.time_ns():x}",
+            shlex.join(self._python(*arguments, *place)),
+            self._environment(),
+            {"run": self.run},
+        )
+
+    @property
+    def _lease_path(self) -> str:
+        return f"runs/{self.run}/lease"
+
+    def _write_lease(self, count: int) -> None:
+        self.store.write(self._lease_path, f"{self.began}:{count}".encode())
+
+    def _renew_lease(self) -> None:
+        count = 0
+        while not self._closed.wait(LEASE_SECONDS):
+            if self.room:
+                count += 1
+                self._write_lease(count)
+
+
+class StageWatch:
+    """What a running stage says: progress to display and artifact, its error, its log to Prefect."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.error = ""
+        self.last_line = ""
+        self.log = get_run_logger()
+        self.artifact = StageProgress(stage)
+
+    def take(self, lines: Any) -> None:
+        for line in lines:
+            if line.startswith(MARK):
+                event = json.loads(line[len(MARK) :])
+                if event["kind"] == "error":
+                    self.error = event["message"]
+                else:
+                    display().progress(self.stage, event)
+                    self.artifact.update(event)
+            elif line.strip():
+                self.last_line = line.strip()[:300]
+                level, _, rest = line.partition(" ")
+                self.log.log(LEVELS.get(level, logging.DEBUG), "%s", rest if level in LEVELS else line)
+
+    def close(self) -> None:
+        self.artifact.close()
+
+
+def check_cancelled() -> None:
+    """A cancel from the UI does not reach a flow that was started from a shell: it has to look."""
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(flow_run.id).state
+    if state is not None and (state.is_cancelling() or state.is_cancelled()):
+        raise StageCancelled("cancelled from Prefect")

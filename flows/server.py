@@ -1,0 +1,68 @@
+"""Prefect's own server on loopback, started beside a run and ended with it."""
+
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from infra.cluster import free_port
+from infra.process import Guarded
+
+START_SECONDS = 180.0
+
+
+def environment(home: Path, url: str | None = None) -> dict[str, str]:
+    """Of every process that talks to this server, or is it."""
+    settings = {
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        "PREFECT_CLI_PROMPT": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    return {**settings, "PREFECT_API_URL": url} if url else settings
+
+
+def server_command(port: int) -> list[str]:
+    return [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
+            return reply.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+class EmbeddedServer:
+    """A server of one run: SQLite below ``home``. ``start`` returns at once; ``wait`` when it answers."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home.absolute()
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        self._process: Guarded | None = None
+
+    def start(self) -> None:
+        # Read by Prefect when it is imported, in this process and in every child.
+        os.environ.update(environment(self.home, self.url))
+        own = {"PREFECT_API_URL": "", "PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
+        self._process = Guarded(server_command(self.port), self.home / "server.log", own)
+
+    def wait(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(self.url):
+            if not self._process.alive:
+                raise RuntimeError(f"Prefect's server ended while starting: {self._process.tail()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"Prefect's server did not answer within {START_SECONDS:.0f} s: {self._process.log}")
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        if self._process:
+            self._process.stop()
+            self._process = None

@@ -1,0 +1,74 @@
+"""How stages are named and chained: the same story is planned and run.
+
+``Pipeline.stage`` turns a name, a module, settings and inputs into a spec. Since a spec's output place follows from its
+settings and inputs alone, the whole chain is known before anything runs.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from infra.store import Store, open_store
+from tasks.config import RunConfig
+from tasks.config.models import EngineConfig
+from tasks.stage import Runtime, StageSpec
+
+# Raised when a stage's code changes what it writes: older results are then made again.
+STAGE_VERSIONS: dict[str, int] = {}
+
+
+class Pipeline(ABC):
+    """Something that stages are given to."""
+
+    def __init__(self, config: RunConfig, root: str, run: str, redo: dict[str, int]) -> None:
+        self.config, self.run, self.redo = config, run, redo
+        self.store: Store = open_store(root)
+
+    def spec(self, name: str, module: str, settings: dict[str, Any], inputs: dict[str, str]) -> StageSpec:
+        return StageSpec(
+            stage=name,
+            module=module,
+            version=STAGE_VERSIONS.get(module, 1),
+            settings=settings,
+            inputs=inputs,
+            redo=self.redo.get(name, 0),
+            root=self.store.uri,
+            runtime=runtime(self.config, self.run),
+        )
+
+    def stage(self, name: str, module: str, settings: dict[str, Any], **inputs: str) -> str:
+        """The path of the stage's manifest, once ``perform`` has seen to it. Input names use ``-`` for ``_``."""
+        return self.perform(
+            self.spec(name, module, settings, {key.replace("_", "-"): path for key, path in inputs.items()})
+        )
+
+    @abstractmethod
+    def perform(self, spec: StageSpec) -> str: ...
+
+
+def on_gpu(config: RunConfig) -> bool:
+    """Whether models run on GPUs: as set; else by this machine, or yes on a cluster whose training asks for them."""
+    if config.device != "auto":
+        return config.device == "gpu"
+    if config.resources.ray_address:
+        return config.resources.gpus_per_worker > 0
+    from pathlib import Path
+
+    return Path("/dev/nvidia0").exists()
+
+
+def runtime(config: RunConfig, run: str) -> Runtime:
+    """Where stages run and how models are served."""
+    gpu = on_gpu(config)
+
+    def engine(settings: EngineConfig) -> dict[str, Any]:
+        own = settings.model_dump(mode="json")
+        return {**own, "gpu": gpu, "seed": config.seed}
+
+    return Runtime(
+        run=run,
+        namespace=f"switchyard-{run}",
+        engines={role: engine(getattr(config.engines, role)) for role in ("teacher", "assistant", "student")},
+        workers=config.resources.train_workers,
+        gpus_per_worker=config.resources.gpus_per_worker if gpu else 0,
+        release_engines=config.resources.release_engines,
+    )

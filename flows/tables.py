@@ -1,0 +1,65 @@
+"""Tables for the terminal."""
+
+from typing import Any
+
+from rich.table import Table
+
+from flows.artifacts import metric_rows
+from flows.plan import Plan
+from infra.manifest import Manifest
+
+# Facts of stages that are long or shown elsewhere.
+ELSEWHERE = {"models", "metrics", "differences", "verdict", "report", "student", "promoted"}
+
+
+def metrics_table(metrics: dict[str, Any]) -> Table:
+    table = Table(title="held-out problems", title_justify="left")
+    rows = metric_rows(metrics)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    return table
+
+
+def stages_table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"{result['run']}: {result['state']} in {result['seconds']} s", title_justify="left")
+    for name in ("stage", "fingerprint", "seconds", "rows"):
+        table.add_column(name, justify="right" if name == "seconds" else "left")
+    for stage in result["stages"]:
+        rows = ", ".join(f"{count:,} {name}" for name, count in stage["rows"].items())
+        seconds = "reused" if stage["reused"] else str(stage["seconds"])
+        table.add_row(stage["name"], stage["fingerprint"], seconds, rows)
+    return table
+
+
+def facts_table(manifests: dict[str, Manifest]) -> Table:
+    table = Table(title="signals and accounting", title_justify="left")
+    for name in ("stage", "fact", "value"):
+        table.add_column(name)
+    for stage, manifest in manifests.items():
+        for name, value in manifest.facts.items():
+            if name not in ELSEWHERE and value is not None:
+                table.add_row(stage, name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    table = Table(
+        title=f"{plan.run} in {plan.root}", title_justify="left", caption=plan.summary, caption_justify="left"
+    )
+    for name in ("stage", "fingerprint", "state", "rows", "tokens", "estimate"):
+        table.add_column(name, justify="right" if name in ("rows", "tokens", "estimate") else "left")
+    for stage in plan.stages:
+        state = "done" if stage.done else "to do"
+        seconds = "" if stage.done or stage.seconds is None else duration(stage.seconds)
+        table.add_row(stage.name, stage.fingerprint, state, f"{stage.rows:,}", f"{stage.tokens:,}", seconds)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Two significant places: an estimate pretends no more."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,193 @@
+"""The Ray cluster: a head on this machine, or one that runs already, and jobs on either, through the Jobs API."""
+
+import asyncio
+import os
+import queue
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from infra.process import Guarded
+
+START_SECONDS = 120.0
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    # One run, one cluster: nothing profits from the metrics of every worker.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def head_command(dashboard_port: int, folder: Path, gcs_port: int) -> list[str]:
+    """``ray start`` for a head on loopback with every port of its own, so that several fit on one machine."""
+    return [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+        "--include-dashboard=true",
+        "--dashboard-host=127.0.0.1",
+        "--node-ip-address=127.0.0.1",
+        f"--port={gcs_port}",
+        f"--dashboard-port={dashboard_port}",
+        f"--dashboard-agent-listen-port={free_port()}",
+        f"--ray-client-server-port={free_port()}",
+        f"--temp-dir={folder}",
+        f"--num-cpus={max(2, os.cpu_count() or 1)}",
+    ]
+
+
+class Cluster:
+    """Jobs on a Ray cluster. Without an address a head is started here, on first use, and ended by ``close``."""
+
+    def __init__(self, address: str | None = None) -> None:
+        self.address = address
+        self.own = address is None
+        self._head: Guarded | None = None
+        self._folder: Path | None = None
+        self._client: Any = None
+        self._lock = threading.Lock()
+
+    @property
+    def on_this_machine(self) -> bool:
+        """Whether jobs run with this machine's interpreter and files."""
+        return self.own or urlparse(self.address).hostname in ("127.0.0.1", "localhost", "::1")
+
+    @property
+    def started(self) -> bool:
+        return self._client is not None
+
+    @property
+    def client(self) -> Any:
+        """Ray's ``JobSubmissionClient``, once the cluster answers."""
+        with self._lock:
+            if self._client is None:
+                self._client = self._connect()
+            return self._client
+
+    def _connect(self) -> Any:
+        from ray.job_submission import JobSubmissionClient
+
+        if self.own:
+            port = free_port()
+            # Unix socket paths are short: the folder cannot lie below an arbitrary root.
+            self._folder = Path(tempfile.mkdtemp(prefix="switchyard-ray-", dir="/tmp"))
+            self._head = Guarded(head_command(port, self._folder, free_port()), self._folder / "head.log", QUIET)
+            self.address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                client = JobSubmissionClient(self.address)
+                client.list_jobs()
+                return client
+            except (ConnectionError, RuntimeError) as error:
+                if self._head and not self._head.alive:
+                    raise RuntimeError(f"Ray head ended while starting: {self._head.tail()}") from None
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"no Ray job server at {self.address}: {error}") from None
+                time.sleep(0.3)
+
+    def close(self) -> None:
+        """End the head that this object started, with every process of its cluster."""
+        if self._head:
+            self._head.stop()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._head = self._client = None
+
+
+class Job:
+    """One submitted job: its state and its log lines."""
+
+    def __init__(self, cluster: Cluster, job_id: str) -> None:
+        self.cluster, self.id = cluster, job_id
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._tail = threading.Thread(target=self._follow, daemon=True, name=f"tail-{job_id}")
+        self._tail.start()
+
+    def _follow(self) -> None:
+        async def follow() -> None:
+            rest = ""
+            async for chunk in self.cluster.client.tail_job_logs(self.id):
+                *lines, rest = (rest + chunk).split("\n")
+                for line in lines:
+                    self._lines.put(line)
+            if rest:
+                self._lines.put(rest)
+
+        try:
+            asyncio.run(follow())
+        except (OSError, RuntimeError):
+            # The log is a courtesy: a lost connection must not end a job that goes on.
+            self._lines.put("(log connection lost)")
+
+    def lines(self) -> Iterator[str]:
+        """Lines written since the last call."""
+        while True:
+            try:
+                yield self._lines.get_nowait()
+            except queue.Empty:
+                return
+
+    def drain(self, seconds: float = 5.0) -> Iterator[str]:
+        """The remaining lines of an ended job."""
+        self._tail.join(seconds)
+        yield from self.lines()
+
+    @property
+    def status(self) -> str:
+        return str(self.cluster.client.get_job_status(self.id).value)
+
+    @property
+    def message(self) -> str:
+        return self.cluster.client.get_job_info(self.id).message or ""
+
+    def stop(self, seconds: float = 15.0) -> None:
+        """Stop the job and wait until it has."""
+        if self.status in FINAL:
+            return
+        self.cluster.client.stop_job(self.id)
+        deadline = time.monotonic() + seconds
+        while self.status not in FINAL and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+def submit(cluster: Cluster, job_id: str, command: str, environment: dict[str, str], metadata: dict[str, str]) -> Job:
+    """Submit a command as a job; a job of that id that runs with the same metadata is adopted instead.
+
+    Raises ValueError where the id is taken by a job that ended or is another's: the caller takes its next attempt.
+    """
+    client = cluster.client
+    try:
+        client.submit_job(
+            entrypoint=command,
+            submission_id=job_id,
+            # Drivers are light; what needs CPUs or GPUs asks for them itself.
+            entrypoint_num_cpus=0,
+            runtime_env={"env_vars": environment},
+            metadata=metadata,
+        )
+    except RuntimeError as error:
+        if "already exists" not in str(error):
+            raise
+        info = client.get_job_info(job_id)
+        if info.metadata != metadata or str(info.status.value) in FINAL:
+            raise ValueError(f"job {job_id} exists and is {info.status.value}") from None
+    return Job(cluster, job_id)

@@ -1,0 +1,136 @@
+"""Accounts: where rows went, what each stage took, and what a teacher query bought. Read from manifests alone."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from infra.manifest import Manifest
+from tasks.metrics import METRICS, Measured
+
+# What each stage does, in the order of the method; others follow under their own names.
+STAGES = {
+    "models": "Models made ready",
+    "prompts": "Prompts read and cleaned",
+    "warmup-annotate": "Teacher annotates for the warm-up",
+    "warmup-keep": "TA scores the warm-up's annotations",
+    "warmup-train": "Stage 1: warm-up training",
+    "student-sample": "Warmed-up student answers candidates",
+    "select": "TA scores the student, queries are chosen",
+    "annotate": "Teacher annotates what was chosen",
+    "keep": "TA scores these annotations",
+    "train": "Stage 2: training",
+    "evaluate-before": "Base student and teacher evaluated",
+    "evaluate-after": "Trained students evaluated",
+}
+Manifests = dict[str, Manifest]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the funnel: rows that came this far, and how many of them by way of the warm-up."""
+
+    name: str
+    rows: int
+    warmup: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage took. None: does not apply, or is not known."""
+
+    name: str
+    title: str
+    seconds: float
+    rows: int | None
+    teacher_queries: int | None
+    teacher_tokens: int | None  # written by the teacher, or asked of it online
+    tokens: int | None  # response tokens written, or trained on
+    tokens_per_second: float | None
+
+
+def in_order(manifests: Manifests) -> list[str]:
+    """Names of the inputs, in the order of the method."""
+    return [name for name in STAGES if name in manifests] + sorted(set(manifests) - set(STAGES))
+
+
+def rows(manifests: Manifests, name: str, table: str) -> int | None:
+    """Rows of an input's table; None where either is absent."""
+    found = manifests[name].tables.get(table) if name in manifests else None
+    return None if found is None else found.rows
+
+
+def total(values: Iterable[int | None]) -> int | None:
+    """The sum of what is known; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def fact(manifests: Manifests, name: str, key: str) -> Any:
+    return manifests[name].facts.get(key) if name in manifests else None
+
+
+def funnel(manifests: Manifests) -> list[Level]:
+    """Levels that are known, from rows read to rows trained on."""
+    tables = ("prompts", "warmup", "heldout", "quarantine")
+    prompts, warmup, heldout, refused = (rows(manifests, "prompts", table) for table in tables)
+    read = fact(manifests, "prompts", "read") or total((prompts, warmup, heldout, refused))
+    queried = [fact(manifests, name, "queries") for name in ("warmup-annotate", "annotate")]
+    kept = [rows(manifests, name, "kept") for name in ("warmup-keep", "keep")]
+    trained = (fact(manifests, "train", "data") or fact(manifests, "warmup-train", "data") or {}).get("rows")
+    aside = (fact(manifests, "train", "data") or {}).get("validation_rows")
+    levels = [
+        ("Rows read", read, None, ""),
+        ("Prompts to learn from", prompts, None, f"{heldout:,} more held out for the evaluation" if heldout else ""),
+        ("Candidates the student answered", rows(manifests, "select", "signals"), None, ""),
+        ("Teacher queries", total(queried), queried[0], ""),
+        ("Annotations kept", total(kept), kept[0], ""),
+        ("Rows trained on", trained, None, f"{aside:,} more set aside for validation" if aside else ""),
+    ]
+    return [Level(name, count, warm or 0, note) for name, count, warm, note in levels if count is not None]
+
+
+def teacher_queries(manifests: Manifests) -> int | None:
+    """Annotation queries charged to the budget."""
+    return total(fact(manifests, name, "queries") for name in ("warmup-annotate", "annotate"))
+
+
+def online_teacher_tokens(manifests: Manifests) -> int | None:
+    """Positions the teacher was asked about during training."""
+    return total(fact(manifests, name, "online_teacher_tokens") for name in ("warmup-train", "train"))
+
+
+def costs(manifests: Manifests) -> list[Cost]:
+    """One entry an input, in the order of the method."""
+    entries = []
+    for name in in_order(manifests):
+        manifest, facts = manifests[name], manifests[name].facts
+        annotates = name in ("warmup-annotate", "annotate")
+        references = manifest.tables.get("references")
+        entries.append(
+            Cost(
+                name=name,
+                title=STAGES.get(name, name),
+                seconds=manifest.seconds,
+                rows=total(table.rows for table in manifest.tables.values()),
+                # References by the teacher cost queries too, outside the budget.
+                teacher_queries=facts.get("queries") if annotates else references.rows if references else None,
+                teacher_tokens=facts.get("completion_tokens") if annotates else facts.get("online_teacher_tokens"),
+                tokens=facts.get("completion_tokens", facts.get("tokens")),
+                tokens_per_second=facts.get("tokens_per_second"),
+            )
+        )
+    return entries
+
+
+def per_1000_queries(difference: Measured, queries: int | None) -> Measured:
+    """Quality for cost: the gain of final over base a thousand teacher queries, in each metric's own unit."""
+    if not queries:
+        return dict.fromkeys(difference)
+    scale = 1000 / queries
+    gains: Measured = {}
+    for metric in METRICS:
+        value, bounds = difference[metric], difference[f"{metric}_ci"]
+        gains[metric] = None if value is None else value * scale
+        gains[f"{metric}_ci"] = None if bounds is None else [bound * scale for bound in bounds]
+    return gains

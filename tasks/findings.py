@@ -1,0 +1,189 @@
+"""Findings: the report's figures and samples, read from the input tables with only the columns they need."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from infra.manifest import read_rows, read_table
+from infra.store import Store
+from kernels.calibration import auroc, brier
+from tasks import plots
+from tasks.accounts import Manifests
+from tasks.canvas import svg
+from tasks.config.train import ExponentialDecay, TrainConfig
+from tasks.metrics import LABELS, METRICS, Results
+
+# Held-out prompts shown side by side, and the characters shown of each text.
+SAMPLES, CHARACTERS = 6, 1500
+# Inches: two figures stand beside each other, or one takes the page's width.
+HALF, TALL, WIDE = (5.0, 2.9), (5.0, 3.5), (10.4, 2.3)
+STRIP = {"nrows": 2, "sharex": True, "height_ratios": [3.4, 1]}
+
+
+class Finding(NamedTuple):
+    """A figure with what it shows."""
+
+    title: str
+    note: str
+    svg: Markup
+
+
+class Calibration(NamedTuple):
+    """How well the TA knows whether answers of one kind are correct."""
+
+    answers: str
+    scored: int
+    known: int
+    accuracy: float
+    brier: float
+    auroc: float
+
+
+def finding(title: str, note: str, draw: Any, *data: Any, size: tuple[float, float] = HALF, **layout: Any) -> Finding:
+    name = "".join(letter for letter in title.lower() if letter.isalnum() and letter.isascii())
+    return Finding(title, note, Markup(svg(draw, *data, name=name, size=size, layout=layout)))
+
+
+def columns(
+    store: Store, manifests: Manifests, names: Iterable[str], table: str, wanted: list[str]
+) -> dict[str, NDArray]:
+    """Columns of one table of several inputs, one after the other, as floats with NaN for null."""
+    found = [
+        read_rows(store, manifests[name], table, wanted)
+        for name in names
+        if name in manifests and table in manifests[name].tables
+    ]
+    return {
+        column: np.concatenate([[], *(rows[column].cast(pa.float64()).to_numpy() for rows in found)])
+        for column in wanted
+    }
+
+
+def measured(results: Results) -> list[Finding]:
+    """The before and after figure; none where nothing was measured."""
+    metrics = [metric for metric in METRICS if results.known(metric)]
+    if not metrics:
+        return []
+    note = "Dot: mean over held-out problems. Bar: bootstrap interval over problems and seeds."
+    layout = {"ncols": len(metrics), "sharey": True}
+    return [finding("Held-out results", note, plots.dots, results, size=WIDE, **layout)]
+
+
+def consistency(store: Store, manifests: Manifests) -> list[Finding]:
+    """How many answers the student gave to one prompt, and what that says about them."""
+    found = columns(store, manifests, ["select"], "signals", ["unique_answers", "correct"])
+    unique, correct = found["unique_answers"].astype(np.int64), found["correct"]
+    if not len(unique):
+        return []
+    title, note = "How much the student disagrees with itself", "Fewer unique answers mean a more confident student."
+    figures = [finding(title, note, plots.unique_answers, unique, correct)]
+    if not np.isnan(correct).all():
+        title, note = "Disagreement predicts mistakes", "Dots: shares. Bars: 95 % Wilson intervals."
+        figures.append(finding(title, note, plots.accuracy_by_unique, unique, correct))
+    return figures
+
+
+def confidence(store: Store, manifests: Manifests) -> tuple[list[Finding], list[Calibration]]:
+    """The TA's confidence in student and teacher, and how well it knows what is correct."""
+    asked = {
+        "student's answers": (["select"], "signals", "ta_student"),
+        "teacher's annotations": (["warmup-keep", "keep"], "scores", "ta_teacher"),
+    }
+    least = [manifests[name].facts.get("threshold") for name in ("warmup-keep", "keep") if name in manifests]
+    dropped = " and ".join(f"{value:.2f}" for value in least if value)
+    figures, calibrations, known = [], [], {}
+    for name, (inputs, table, column) in asked.items():
+        found = columns(store, manifests, inputs, table, [column, "correct"])
+        scored = ~np.isnan(found[column])
+        scores, correct = found[column][scored], found["correct"][scored]
+        if not len(scores):
+            continue
+        note = "Doubt draws a query to the teacher."
+        if table == "scores":
+            note = f"Annotations below {dropped} are dropped." if dropped else "No annotation is dropped for its score."
+        figures.append(finding(f"TA's confidence in the {name}", note, plots.confidence, scores, correct))
+        if not np.isnan(correct).all():
+            known[name] = pair = (scores[~np.isnan(correct)], correct[~np.isnan(correct)] == 1)
+            marks = (len(scores), len(pair[0]), float(pair[1].mean()), brier(*pair), auroc(*pair))
+            calibrations.append(Calibration(name, *marks))
+    if known:
+        note = (
+            "On the dashed line answers of 70 % confidence are right in 70 % of cases. Bars: 95 % Wilson intervals."
+        )
+        figures.append(finding("Is the TA's confidence honest?", note, plots.calibration, known, size=TALL))
+    return figures, calibrations
+
+
+def training(store: Store, manifests: Manifests, name: str, title: str, config: TrainConfig) -> list[Finding]:
+    """Curves of one training stage; interventions and rollouts where it had any."""
+    wanted = ["loss", "validation_loss", "learning_rate", "response_length", "eos_rate", "intervention_rate"]
+    steps = columns(store, manifests, [name], "steps", wanted)
+    if not len(steps["loss"]):
+        return []
+    facts = manifests[name].facts
+    note = "Faint: single steps. Bold: their running mean. Validation rows are kept annotations set aside."
+    progress = (facts.get("start_validation_loss"), facts.get("best_step"))
+    figures = [finding(f"{title}: loss", note, plots.training, steps, *progress, size=TALL, **STRIP)]
+    positions = columns(store, manifests, [name], "positions", ["position", "emitted", "interventions", "agreeing"])
+    if positions["emitted"].sum():
+        gate = getattr(config.method, "gate", None)
+        decay = gate if isinstance(gate, ExponentialDecay) else None
+        note = "The teacher decides where its distribution and the student's differ by more than the threshold."
+        drawn = (plots.interventions, positions, decay)
+        figures.append(finding(f"{title}: who writes, by position", note, *drawn, size=TALL, **STRIP))
+    if not np.isnan(steps["response_length"]).all():
+        note = "A collapse would show as rollouts that all run into the length limit."
+        layout = {**STRIP, "height_ratios": [1, 1]}
+        figures.append(finding(f"{title}: rollouts", note, plots.rollouts, steps, size=TALL, **layout))
+    return figures
+
+
+def side_by_side(store: Store, manifests: Manifests, seed: int) -> list[dict[str, Any]]:
+    """A few held-out prompts, drawn at random and not chosen, with every model's first response and its marks."""
+    evaluated = [manifests[name] for name in ("evaluate-before", "evaluate-after") if name in manifests]
+    if "prompts" not in manifests or not evaluated:
+        return []
+    known = read_rows(store, manifests["prompts"], "heldout", ["prompt_id", "source"])
+    chosen = draw(known["prompt_id"].to_pylist(), known["source"].to_pylist(), seed)
+    shown = {row["prompt_id"]: row for row in matching(store, manifests["prompts"], "heldout", chosen)}
+    for manifest in evaluated:
+        if "references" in manifest.tables:
+            for row in matching(store, manifest, "references", chosen):
+                shown[row["prompt_id"]]["reference"] = row["reference"]
+    responses: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for manifest in evaluated:
+        for row in matching(store, manifest, "evaluations", chosen):
+            responses.setdefault((row["prompt_id"], row["label"]), []).append(row)
+    return [
+        {
+            **shown[prompt],
+            "responses": [
+                {"label": label, "marks": [row["correct"] for row in rows], **rows[0]}
+                for label in LABELS
+                if (rows := sorted(responses.get((prompt, label), []), key=lambda row: row["sample_index"]))
+            ],
+        }
+        for prompt in chosen
+    ]
+
+
+def draw(ids: list[str], sources: list[str], seed: int, count: int = SAMPLES) -> list[str]:
+    """Ids drawn without replacement, sources in turn so that rare ones are seen too."""
+    order = np.random.default_rng(seed).permutation(len(ids))
+    turns: dict[str, int] = {}
+    ranked = []
+    for place, index in enumerate(order.tolist()):
+        turn = turns[sources[index]] = turns.get(sources[index], -1) + 1
+        ranked.append((turn, place, ids[index]))
+    return [name for *_, name in sorted(ranked)[:count]]
+
+
+def matching(store: Store, manifest: Any, table: str, prompt_ids: list[str]) -> Iterable[dict[str, Any]]:
+    """A table's rows of these prompts; one part is in memory at a time."""
+    for part in read_table(store, manifest, table):
+        yield from part.filter(pc.is_in(part["prompt_id"], pa.array(prompt_ids, pa.string()))).to_pylist()

@@ -1,0 +1,221 @@
+"""Plots of the report: each function puts marks on axes it is given, so that page and overview picture share them."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from kernels.calibration import reliability, wilson
+from tasks.canvas import COLORS
+from tasks.config.train import ExponentialDecay
+from tasks.metrics import LABELS, METRICS, Results
+from tasks.verdict import NAMES, SHOWN
+
+# Points of one curve: more than the pixels they would fall on only make the page heavy.
+POINTS = 400
+BINS = 20
+
+
+def dots(axes: Any, results: Results) -> None:
+    """A panel a metric: each model's mean and interval on one line."""
+    labels = [label for label in LABELS if any(label in results.known(metric) for metric in METRICS)]
+    metrics = [metric for metric in METRICS if results.known(metric)]
+    for ax, metric in zip(np.atleast_1d(axes), metrics, strict=True):
+        shown = SHOWN[metric]
+        for row, label in enumerate(labels):
+            mean, bounds = (results.metrics[label][key] for key in (metric, f"{metric}_ci"))
+            if mean is None:
+                continue
+            value = shown.factor * mean
+            low, high = [shown.factor * bound for bound in bounds] if bounds else (value, value)
+            ax.plot([low, high], [row, row], color=COLORS[label], linewidth=3, alpha=0.45)
+            ax.plot(value, row, "o", color=COLORS[label], markersize=7)
+            ax.annotate(
+                shown.number(mean), (value, row), (0, 7), textcoords="offset points", ha="center", color=COLORS["ink"]
+            )
+        ax.set_yticks(range(len(labels)), [NAMES[label] for label in labels], color=COLORS["ink"])
+        ax.set_ylim(len(labels) - 0.5, -0.7)
+        ax.grid(axis="x")
+        ax.grid(visible=False, axis="y")
+        ax.spines["left"].set_visible(False)
+        ax.tick_params(axis="y", length=0)
+        ax.margins(x=0.14)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.set_xlabel(f"{shown.name} ({shown.unit}), {'lower' if metric == 'loss' else 'higher'} is better")
+
+
+def split(correct: NDArray) -> list[tuple[str, str, NDArray]]:
+    """(name, colour, mask) of the kinds of answer that occur; `correct` holds 1, 0 and NaN for unknown."""
+    kinds = [
+        ("correct", "final", correct == 1),
+        ("incorrect", "wrong", correct == 0),
+        ("not known", "base", np.isnan(correct)),
+    ]
+    return [kind for kind in kinds if kind[2].any()]
+
+
+def unique_answers(ax: Axes, unique: NDArray, correct: NDArray) -> None:
+    """Prompts by their number of unique answers, stacked by whether the majority answer is correct."""
+    top = int(unique.max(initial=1))
+    below = np.zeros(top)
+    for name, color, mask in split(correct):
+        counts = np.bincount(unique[mask], minlength=top + 1)[1:]
+        ax.bar(range(1, top + 1), counts, 0.72, bottom=below, color=COLORS[color], label=f"majority answer {name}")
+        below += counts
+    ax.set_xticks(range(1, top + 1))
+    ax.set_xlabel("Unique final answers among the samples of a prompt")
+    ax.set_ylabel("Prompts")
+    ax.set_ylim(0, 1.25 * max(1, below.max()))
+    ax.legend(loc="upper right", ncols=3, handlelength=0.9, columnspacing=1)
+
+
+def accuracy_by_unique(ax: Axes, unique: NDArray, correct: NDArray) -> None:
+    """Share of correct majority answers by the number of unique answers, with 95 % Wilson intervals."""
+    known = ~np.isnan(correct)
+    for count in np.unique(unique[known]).tolist():
+        marks = correct[known & (unique == count)]
+        low, high = wilson(int(marks.sum()), len(marks))
+        ax.plot([count, count], [low, high], color=COLORS["final"], linewidth=3, alpha=0.45)
+        ax.plot(count, marks.mean(), "o", color=COLORS["final"], markersize=7)
+        ax.annotate(f"{marks.mean():.0%}", (count, marks.mean()), (9, -3), textcoords="offset points")
+    top = int(unique.max(initial=1))
+    ax.set_xticks(range(1, top + 1))
+    ax.set_xlim(0.5, top + 0.7)
+    ax.set_xlabel("Unique final answers among the samples of a prompt")
+    shares(ax, "Majority answers that are correct")
+
+
+def shares(ax: Axes, label: str) -> None:
+    """A y axis from 0 to 100 %."""
+    ax.set_ylim(0, 1.04)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set_ylabel(label)
+
+
+def confidence(ax: Axes, confidences: NDArray, correct: NDArray) -> None:
+    """Histogram of the TA's confidence, correct and incorrect answers over each other."""
+    edges = np.linspace(0, 1, BINS + 1)
+    for name, color, mask in split(correct):
+        counts, _ = np.histogram(confidences[mask], edges)
+        ax.stairs(counts, edges, fill=True, color=COLORS[color], alpha=0.28)
+        ax.stairs(counts, edges, color=COLORS[color], linewidth=1.4, label=f"{name} ({mask.sum():,})")
+    ax.set_xlim(0, 1)
+    ax.set_ylim(0, 1.22 * ax.get_ylim()[1])
+    ax.set_xlabel("TA's confidence in the answer")
+    ax.set_ylabel(f"Answers per {1 / BINS:g}")
+    ax.legend(loc="upper right", ncols=3, handlelength=1, columnspacing=1)
+
+
+def calibration(ax: Axes, answers: dict[str, tuple[NDArray, NDArray]]) -> None:
+    """Share correct against confidence in ten bins, with 95 % Wilson intervals; honest on the diagonal."""
+    ax.plot([0, 1], [0, 1], color=COLORS["muted"], linewidth=1, linestyle=(0, (3, 3)))
+    ax.annotate("honest", (0.97, 0.97), (-4, -12), textcoords="offset points", ha="right", color=COLORS["muted"])
+    for (name, (confidences, correct)), color, marker in zip(answers.items(), ("final", "teacher"), "os", strict=False):
+        bins = reliability(confidences, correct)
+        at = bins.counts > 0
+        ax.plot(
+            bins.confidence[at], bins.accuracy[at], marker, markersize=6, color=COLORS[color], linestyle="-", label=name
+        )
+        for count, x, share in zip(bins.counts[at], bins.confidence[at], bins.accuracy[at], strict=True):
+            ax.plot([x, x], wilson(round(share * count), int(count)), color=COLORS[color], linewidth=3, alpha=0.35)
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("TA's confidence in the answer, mean of a tenth")
+    shares(ax, "Answers that are correct")
+    ax.legend(loc="upper left", handlelength=1.4)
+
+
+def thin(values: NDArray, points: int = POINTS) -> tuple[NDArray, NDArray]:
+    """(steps, means) of at most `points` runs of equal length; steps count from 1. Runs of NaN only stay NaN."""
+    run = max(1, -(-len(values) // points))
+    starts = np.arange(0, len(values), run)
+    known = ~np.isnan(values)
+    counts = np.add.reduceat(known.astype(float), starts) if len(values) else np.array([])
+    sums = np.add.reduceat(np.where(known, values, 0), starts) if len(values) else np.array([])
+    with np.errstate(invalid="ignore"):
+        return np.minimum(starts + (run + 1) / 2, len(values)), sums / counts
+
+
+def smooth(values: NDArray) -> NDArray:
+    """A centred running mean over a fifteenth of the curve, over what is known."""
+    half = max(1, len(values) // 30)
+    known = ~np.isnan(values)
+    kernel = np.ones(2 * half + 1)
+    counts = np.convolve(known, kernel, "full")[half : half + len(values)]
+    sums = np.convolve(np.where(known, values, 0), kernel, "full")[half : half + len(values)]
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def curve(ax: Axes, values: NDArray, color: str, label: str) -> None:
+    """Each step faintly, their running mean on top."""
+    steps, means = thin(values)
+    ax.plot(steps, means, color=COLORS[color], linewidth=0.8, alpha=0.35)
+    ax.plot(steps, smooth(means), color=COLORS[color], label=label)
+
+
+def training(axes: Any, steps: dict[str, NDArray], start: float | None, best: int | None) -> None:
+    """Loss and validation loss over steps; below them, small, the learning rate."""
+    top, bottom = axes
+    curve(top, steps["loss"], "final", "training loss")
+    at = np.flatnonzero(~np.isnan(steps["validation_loss"]))
+    x, y = at + 1, steps["validation_loss"][at]
+    if start is not None:
+        x, y = np.append(0, x), np.append(start, y)
+    if len(x):
+        top.plot(x, y, "o-", color=COLORS["warmup"], markersize=4, label="validation cross entropy")
+    if best is not None and best in x:
+        value = y[np.flatnonzero(x == best)[0]]
+        top.plot(best, value, "o", markersize=10, markerfacecolor="none", markeredgecolor=COLORS["ink"])
+        top.annotate(f"kept: step {best}", (best, value), (0, 10), textcoords="offset points", ha="center")
+    top.set_ylabel("Nats per response token")
+    top.set_ylim(bottom=min(0, top.get_ylim()[0]), top=1.15 * top.get_ylim()[1])
+    top.legend(loc="upper right", ncols=2, handlelength=1.4)
+    bottom.plot(*thin(steps["learning_rate"]), color=COLORS["muted"], linewidth=1.2)
+    bottom.set_ylim(bottom=0)
+    bottom.yaxis.set_major_locator(MaxNLocator(2))
+    bottom.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    bottom.set_ylabel("Learning\nrate")
+    bottom.set_xlabel("Optimiser step")
+
+
+def interventions(axes: Any, positions: dict[str, NDArray], gate: ExponentialDecay | None) -> None:
+    """Share of tokens the teacher wrote by response position, and the gate's threshold; below, how many there were."""
+    top, bottom = axes
+    emitted = positions["emitted"]
+    reached = int(np.flatnonzero(emitted).max(initial=-1)) + 1
+    x, emitted = positions["position"][:reached], emitted[:reached]
+    rate = positions["interventions"][:reached] / np.maximum(emitted, 1)
+    agreeing = positions["agreeing"][:reached] / np.maximum(emitted, 1)
+    top.fill_between(x, rate, step="mid", color=COLORS["teacher"], alpha=0.18, linewidth=0)
+    top.step(x, rate, where="mid", color=COLORS["teacher"], label="teacher decides")
+    top.step(x, agreeing, where="mid", color=COLORS["second"], linewidth=1.2, label="… and agrees with the student")
+    if gate:
+        threshold = np.maximum(gate.floor, gate.initial * np.exp(-gate.rate * x))
+        top.plot(
+            x, threshold, color=COLORS["ink"], linewidth=1.2, linestyle=(0, (4, 3)), label="threshold τ of the JSD"
+        )
+    shares(top, "Share of tokens")
+    top.set_ylim(0, 1.3)
+    top.set_yticks(np.linspace(0, 1, 6))
+    top.legend(loc="upper right", ncols=3, handlelength=1.4, columnspacing=1)
+    bottom.fill_between(x, emitted, step="mid", color=COLORS["base"], alpha=0.45, linewidth=0)
+    bottom.set_ylim(bottom=0)
+    bottom.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+    bottom.set_ylabel("Tokens\nwritten")
+    bottom.set_xlabel("Response position (tokens)")
+
+
+def rollouts(axes: Any, steps: dict[str, NDArray]) -> None:
+    """Length of rollouts over steps; below, how many ended by themselves and how often the teacher decided."""
+    top, bottom = axes
+    curve(top, steps["response_length"], "final", "mean length")
+    top.set_ylim(bottom=0)
+    top.set_ylabel("Tokens a rollout")
+    curve(bottom, steps["eos_rate"], "warmup", "rollouts that end by themselves")
+    curve(bottom, steps["intervention_rate"], "teacher", "tokens the teacher decides")
+    shares(bottom, "Share")
+    bottom.set_ylim(0, 1.35)
+    bottom.set_yticks([0, 0.5, 1])
+    bottom.legend(loc="upper right", ncols=2, handlelength=1.4, columnspacing=1)
+    bottom.set_xlabel("Optimiser step")

@@ -1,0 +1,188 @@
+"""Selection: which prompts are worth a teacher query.
+
+    python -m tasks.select --spec SPEC.json
+
+The student's samples of each candidate give its self-consistency; the TA scores the majority answer; the most uncertain
+prompts by the rank average of both are selected, as many as the budget has queries left. Every candidate stays in
+``signals`` with all its signals and its reason.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from infra.manifest import read_part
+from kernels.consistency import Consistency, consistency, rank_average
+from tasks import schemas
+from tasks.config.base import Config
+from tasks.config.signals import Confidence, PTrue, Select
+from tasks.engines import engines, model_of
+from tasks.sample import slices
+from tasks.score import as_confidence, confidence_call
+from tasks.stage import Stage, main
+from tasks.verify import final_answer, is_correct
+
+# Columns of SIGNAL that one prompt's samples and the TA decide; the others need all prompts.
+OWN_COLUMNS = [field for field in schemas.SIGNAL if field.name not in ("uncertainty", "selected", "reason")]
+OBSERVED = pa.schema(OWN_COLUMNS)
+
+
+class SelectSettings(Config):
+    """How prompts are ranked and how many are taken."""
+
+    select: Select = Select()
+    """The rule."""
+    confidence: Confidence = PTrue()
+    """How the TA's confidence is read."""
+    queries: int = Field(ge=1)
+    """Teacher queries left."""
+    shard_size: int
+    """The sampling stage's: prompts and samples are read side by side."""
+    seed: int = 0
+    """Seed of the run: random selection, and ties."""
+    template_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template."""
+
+
+# One shard: its number, its prompts, each prompt's answers compared, and each prompt's majority text.
+Observed = tuple[int, list[dict[str, Any]], list[Consistency], list[str]]
+
+
+def observe(stage: Stage[SelectSettings]) -> Iterator[Observed]:
+    """Candidates shard by shard with what their samples agree on."""
+    parts = {part.shard: part for part in stage.input("samples").tables["samples"].parts}
+    for shard, table in slices(stage, "prompts", "candidates", stage.settings.shard_size):
+        samples = read_part(stage.store, parts[shard], ["prompt_id", "text"])
+        texts: dict[str, list[str]] = {}
+        for prompt_id, text in zip(samples["prompt_id"].to_pylist(), samples["text"].to_pylist(), strict=True):
+            texts.setdefault(prompt_id, []).append(text)
+        prompts = table.to_pylist()
+        agreements = [
+            consistency(
+                [final_answer(prompt["verifier"], text, prompt["entry"]) for text in texts[prompt["prompt_id"]]],
+                prompt["prompt_id"],
+            )
+            for prompt in prompts
+        ]
+        majority = [
+            texts[prompt["prompt_id"]][agreement.majority_index]
+            for prompt, agreement in zip(prompts, agreements, strict=True)
+        ]
+        yield shard, prompts, agreements, majority
+
+
+def observed_rows(
+    prompts: list[dict[str, Any]],
+    agreements: list[Consistency],
+    texts: list[str],
+    samples: int,
+    confidences: list[float],
+) -> pa.Table:
+    """One shard's signals."""
+    rows = [
+        {
+            "prompt_id": prompt["prompt_id"],
+            "source": prompt["source"],
+            "samples": samples,
+            "unique_answers": agreement.unique,
+            "majority_share": agreement.majority_share,
+            "entropy": agreement.entropy,
+            "majority_answer": agreement.majority_answer,
+            "majority_text": text,
+            "correct": is_correct(prompt["verifier"], text, prompt["answer"], prompt["entry"]),
+            "ta_student": confidence,
+        }
+        for prompt, agreement, text, confidence in zip(prompts, agreements, texts, confidences, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, schema=OBSERVED)
+
+
+def score(stage: Stage[SelectSettings]) -> None:
+    """Commit the signals of every candidate."""
+    settings = stage.settings
+    done = stage.done("observed")
+    sampled = stage.input("samples")
+    samples = int(sampled.settings["sampling"]["samples"])
+    total = sampled.tables["samples"].rows // samples
+    assistant = model_of(stage, "models", "assistant")
+
+    def calls() -> Iterator[tuple[Observed, Any]]:
+        for observed in observe(stage):
+            shard, prompts, _, texts = observed
+            if shard not in done:
+                conversations = [prompt["messages"] for prompt in prompts]
+                yield (
+                    observed,
+                    confidence_call(settings.confidence, assistant, conversations, texts, settings.template_args),
+                )
+
+    prompts_done = sum(part.rows for part in done.values())
+    stage.progress(prompts_done, total, "prompts")
+    if prompts_done < total:
+        with engines(stage) as access:
+            for (shard, prompts, agreements, texts), result in access.pool("assistant", assistant).map(calls()):
+                confidences = as_confidence(settings.confidence, result)
+                stage.commit("observed", shard, observed_rows(prompts, agreements, texts, samples, confidences))
+                prompts_done += len(prompts)
+                stage.progress(prompts_done, total, "prompts")
+    stage.close_table("observed", OBSERVED)
+
+
+def draw(seed: int, prompt_id: str) -> int:
+    """A prompt's random number: 63 bits, the same in every run of this seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\x1fselect\x1f{prompt_id}".encode()).digest()[:8], "big") >> 1
+
+
+def uncertainty(settings: SelectSettings, unique_N: np.ndarray, confidence_N: np.ndarray) -> np.ndarray:
+    """Rank average of N prompts, 0 (certain) to 1; random selection has none and gives 0.5 to all."""
+    if settings.select.rule == "random":
+        return np.full(len(unique_N), 0.5)
+    weights = [settings.select.consistency_weight, settings.select.assistant_weight]
+    return rank_average([unique_N, 1.0 - confidence_N], weights)
+
+
+def run(stage: Stage[SelectSettings]) -> None:
+    score(stage)
+    settings = stage.settings
+    parts = stage.manifest.tables["observed"].parts
+    # Three small columns decide; the rows themselves are read again part by part.
+    small = [read_part(stage.store, part, ["prompt_id", "unique_answers", "ta_student"]) for part in parts]
+    columns = pa.concat_tables(small)
+    prompt_ids = columns["prompt_id"].to_pylist()
+    uncertainty_N = uncertainty(settings, columns["unique_answers"].to_numpy(), columns["ta_student"].to_numpy())
+    ties_N = np.array([draw(settings.seed, prompt_id) for prompt_id in prompt_ids])
+    order = np.lexsort((ties_N, -uncertainty_N))
+    selected_N = np.zeros(len(prompt_ids), bool)
+    selected_N[order[: settings.queries]] = True
+
+    position = 0
+    for part, (shard, prompts) in zip(parts, slices(stage, "prompts", "candidates", settings.shard_size), strict=True):
+        rows = read_part(stage.store, part)
+        here = slice(position, position + rows.num_rows)
+        position += rows.num_rows
+        chosen = selected_N[here]
+        stage.commit(
+            "signals",
+            shard,
+            rows.append_column("uncertainty", pa.array(uncertainty_N[here], pa.float32()))
+            .append_column("selected", pa.array(chosen))
+            .append_column("reason", pa.array(np.where(chosen, "selected", "budget_exhausted")))
+            .cast(schemas.SIGNAL),
+        )
+        stage.commit("selected", shard, prompts.filter(pa.array(chosen)))
+    stage.close_table("signals", schemas.SIGNAL)
+    stage.close_table("selected", schemas.PROMPT)
+    stage.facts.update(
+        candidates=len(prompt_ids),
+        selected=int(selected_N.sum()),
+        mean_unique_answers=float(np.mean(columns["unique_answers"].to_numpy())),
+        mean_ta_student=float(np.mean(columns["ta_student"].to_numpy())),
+    )
+
+
+if __name__ == "__main__":
+    main(SelectSettings, run)
