@@ -1,0 +1,92 @@
+"""Commit protocol of parts and manifests: recorded or not there, first or adopted, intact or refused."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from infra import manifest as m
+from infra.store import LocalStore, Store
+
+ROWS = pa.table({"id": ["a", "b", "c"], "n": pa.array([1, 2, 3], pa.int32())})
+
+
+def make(store: Store, **fields: object) -> m.Manifest:
+    base = {"stage": "s", "module": "tasks.x", "version": 1, "fingerprint": "f", "settings": {}, "inputs": {}}
+    return m.Manifest(**{**base, **fields})  # type: ignore[arg-type]
+
+
+def test_a_part_round_trips(store: Store) -> None:
+    part = m.commit_part(store, "stages/s/f", "t", 3, ROWS)
+    assert part.rows == 3
+    assert part.path.startswith("stages/s/f/t/part-00003-")
+    assert m.read_part(store, part).equals(ROWS)
+    assert m.read_part(store, part, ["n"]).column_names == ["n"]
+
+
+def test_the_second_to_commit_a_shard_adopts_the_first(store: Store) -> None:
+    first = m.commit_part(store, "stages/s/f", "t", 0, ROWS)
+    second = m.commit_part(store, "stages/s/f", "t", 0, ROWS.slice(0, 1))
+    assert second == first
+    assert m.committed_parts(store, "stages/s/f", "t") == {0: first}
+
+
+def test_an_unrecorded_part_does_not_count(store: Store) -> None:
+    part = m.commit_part(store, "stages/s/f", "t", 0, ROWS)
+    store.delete(m.record_path("stages/s/f", "t", 0))
+    assert m.committed_parts(store, "stages/s/f", "t") == {}
+    assert store.exists(part.path)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:50] + bytes([b[50] ^ 1]) + b[51:], lambda b: b""])
+def test_a_damaged_part_is_refused(store: Store, damage: object) -> None:
+    part = m.commit_part(store, "stages/s/f", "t", 0, ROWS)
+    store.write(part.path, damage(store.read(part.path)))  # type: ignore[operator]
+    with pytest.raises(ValueError, match="damaged"):
+        m.read_part(store, part)
+
+
+def test_the_first_manifest_stands(store: Store) -> None:
+    first = m.commit_manifest(store, make(store, facts={"winner": 1}))
+    second = m.commit_manifest(store, make(store, facts={"winner": 2}))
+    assert first.facts == second.facts == {"winner": 1}
+    assert m.load_manifest(store, first.path).finished is not None
+
+
+def test_an_empty_table_keeps_its_types(store: Store) -> None:
+    manifest = make(store)
+    manifest.tables["t"] = m.table_entry(ROWS.schema, [])
+    again = m.load_manifest(store, m.commit_manifest(store, manifest).path)
+    assert m.read_rows(store, again, "t").schema == ROWS.schema
+    assert m.read_rows(store, again, "t", ["n"]).schema.names == ["n"]
+
+
+def test_tables_are_read_in_shard_order(store: Store) -> None:
+    manifest = make(store)
+    parts = [m.commit_part(store, manifest.folder, "t", shard, ROWS.slice(shard, 1)) for shard in (2, 0, 1)]
+    manifest.tables["t"] = m.table_entry(ROWS.schema, parts)
+    assert m.read_rows(store, manifest, "t").equals(ROWS)
+    with pytest.raises(ValueError, match="no table 'u'"):
+        list(m.read_table(store, manifest, "u"))
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.write("x/manifest.json", make(store, format=99).model_dump_json().encode())
+    with pytest.raises(ValueError, match="format 99"):
+        m.load_manifest(store, "x/manifest.json")
+
+
+def test_fingerprints_are_canonical() -> None:
+    assert m.fingerprint({"a": 1, "b": [1.5, "ü"]}) == m.fingerprint({"b": [1.5, "ü"], "a": 1})
+    assert m.fingerprint({"a": 1}) != m.fingerprint({"a": 2})
+    assert len(m.fingerprint(None)) == 16
+
+
+def test_files_are_hashed_and_stored(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.txt").write_text("hello")
+    (file,) = m.commit_files(store, tmp_path / "folder", "stages/s/f/files/x")
+    assert file.path == "stages/s/f/files/x/x.txt"
+    assert file.sha256.startswith("2cf24dba")
+    assert store.read(file.path) == b"hello"

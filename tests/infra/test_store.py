@@ -1,0 +1,117 @@
+"""The store's two promises, atomic and exclusive, on a folder and on S3 over HTTP."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from infra.store import LocalStore, S3Store, Store, check_path, open_store
+
+
+def test_what_is_written_is_read(store: Store) -> None:
+    store.write("a/b.bin", b"one")
+    store.write("a/b.bin", b"two")
+    assert store.read("a/b.bin") == b"two"
+    assert store.exists("a/b.bin")
+    assert not store.exists("a/c.bin")
+    assert not store.exists("a")
+
+
+def test_a_missing_object_is_file_not_found(store: Store) -> None:
+    with pytest.raises(FileNotFoundError):
+        store.read("nothing")
+    store.delete("nothing")
+
+
+def test_create_is_exclusive(store: Store) -> None:
+    assert store.create("a/m.json", b"first")
+    assert not store.create("a/m.json", b"second")
+    assert store.read("a/m.json") == b"first"
+
+
+def test_of_many_creators_one_wins(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda number: store.create("race", str(number).encode()), range(16)))
+    assert sum(won) == 1
+    assert store.read("race") == str(won.index(True)).encode()
+
+
+def test_list_is_recursive_sorted_and_bounded_by_the_folder(store: Store) -> None:
+    for path in ("t/b", "t/a/c", "table/x"):
+        store.write(path, b"")
+    assert list(store.list("t")) == ["t/a/c", "t/b"]
+    assert list(store.list("empty")) == []
+    store.delete("t/b")
+    assert list(store.list("t")) == ["t/a/c"]
+
+
+def test_a_copy_outlives_its_source(store: Store) -> None:
+    store.write("x/one", b"bytes")
+    store.copy("x/one", "y/two")
+    store.write("x/one", b"changed")
+    store.delete("x/one")
+    assert store.read("y/two") == b"bytes"
+
+
+def test_folders_go_up_and_come_back(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "weights").write_bytes(b"\0" * 100_000)
+    (folder / "sub" / "config").write_text("{}")
+    store.upload(folder, "files/model")
+    back = store.localise("files/model")
+    assert (back / "weights").read_bytes() == b"\0" * 100_000
+    assert (back / "sub" / "config").read_text() == "{}"
+    assert store.localise("files/model") == back
+
+
+@pytest.mark.parametrize("path", ["", "/etc/passwd", "../up", "a/../../b", "a\\b", "a\0b"])
+def test_paths_cannot_leave_the_root(path: str, store: Store) -> None:
+    with pytest.raises(ValueError, match="leaves the store"):
+        store.write(path, b"")
+    with pytest.raises(ValueError, match="leaves the store"):
+        store.read(path)
+
+
+def test_check_path_normalises() -> None:
+    assert check_path("a//b/./c") == "a/b/c"
+
+
+def test_open_store_by_uri(tmp_path: Path, s3_bucket: str) -> None:
+    assert isinstance(open_store(str(tmp_path)), LocalStore)
+    assert isinstance(open_store(f"s3://{s3_bucket}/x"), S3Store)
+    with pytest.raises(ValueError, match="root"):
+        open_store("ftp://host/x")
+
+
+def test_a_local_reader_never_sees_a_file_being_written(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.write("t/done", b"")
+    (tmp_path / "t" / ".half.1234").write_bytes(b"ha")
+    assert list(store.list("t")) == ["t/done"]
+
+
+class LostAnswer:
+    """A client whose first put reaches the server but whose answer never comes back."""
+
+    def __init__(self, client: object, error: Exception) -> None:
+        self.client, self.error = client, error
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.client, name)
+
+    def put_object(self, **arguments: object) -> object:
+        self.client.put_object(**arguments)  # type: ignore[attr-defined]
+        if self.error:
+            error, self.error = self.error, None  # type: ignore[assignment]
+            raise error
+        raise AssertionError("put twice")
+
+
+def test_a_conditional_put_whose_answer_was_lost_knows_its_own_object(s3_bucket: str, tmp_path: Path) -> None:
+    from botocore.exceptions import ClientError
+
+    store = S3Store(s3_bucket, "p", cache=tmp_path)
+    lost = ClientError({"ResponseMetadata": {"HTTPStatusCode": 412}, "Error": {}}, "PutObject")
+    store.client = LostAnswer(store.client, lost)
+    assert store.create("m", b"mine")
