@@ -14,6 +14,7 @@ from kernels.rules import Role
 _BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 _FIRST = (4, 1, 4)  # the first blocks tell a forward's fixed cost from its cost per token
 _PROBE_EVERY = 64  # so one misleading measurement does not last
+_WORTHWHILE = 1.03  # rows drift apart in blocks, and the last one is waited for: a smaller gain is none
 _MEMORY = 200  # positions over which the acceptance is averaged
 
 Cost = Callable[[int], float]
@@ -57,8 +58,8 @@ class Pace:
         self.lines: dict[Role, _Line] = {"student": _Line(), "teacher": _Line()}
         self.overhead = 0.0  # seconds a position beside the forwards
         self.blocks = 0
-        # Start with the hope that drafts stand: two positions' worth of it.
-        self.seen, self.stood = 2.0, {"student": 2.0, "teacher": 2.0}
+        # Suppose a few positions seen already, or a lucky start would make a very long block.
+        self.seen, self.stood = 10.0, {"student": 9.0, "teacher": 9.0}
 
     def acceptance(self, role: Role) -> float:
         """The recent share of positions where this model's draw was emitted."""
@@ -72,13 +73,12 @@ class Pace:
         blocks = [b for b in _BLOCKS if b <= limit] if block is None else [limit]
         roles: tuple[Role, ...] = ("student", "teacher") if drafter is None else (drafter,)
         lefts = Counter(left)
-        rate, best, role = max(
-            ((self.rate(lefts, b, role), -b, role) for role in roles for b in blocks), key=lambda x: x[:2]
-        )
-        assert rate > 0
+        best, role = max(((b, role) for role in roles for b in blocks), key=lambda plan: self.rate(lefts, *plan))
+        if block is None and self.rate(lefts, best, role) < _WORTHWHILE * self.rate(lefts, 1, roles[0]):
+            best, role = 1, roles[0]
         if block is None and self.costs is None and self.blocks % _PROBE_EVERY == 0:
-            return min(limit, -2 * best), role
-        return -best, role
+            best = min(limit, 2 * best)
+        return best, role
 
     def rate(self, left: Mapping[int, int], block: int, drafter: Role) -> float:
         """Expected tokens per second; `left` counts rows by their tokens to go."""
