@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def divergences(teacher_logprobs: Tensor, student_logprobs: Tensor, log_base: float = 2.0) -> tuple[Tensor, Tensor]:
-    """(JSD in units of `log_base`, KL(p || q) in nats), each [...], from log-probabilities [..., V] without NaN.
+    """(JSD in units of `log_base`, KL(p || q) in nats), each [...], from finite log-probabilities [..., V].
 
     With d = log q - log p and s = log((1 + e^d) / 2), log p - log m = -s and log q - log m = d - s. Written so, a JSD
     near 0 keeps its relative precision: tau_t falls to 1e-6 within 140 positions.
     """
-    gap = (student_logprobs - teacher_logprobs).clamp(-80.0, 80.0)  # beyond it a term is 0 or q ln 2 in any precision
+    gap = (student_logprobs - teacher_logprobs).clamp(-40.0, 40.0)  # beyond, p or q is nothing beside the other
     p, q = teacher_logprobs.exp(), student_logprobs.exp()
     excess = gap.expm1().mul_(0.5).log1p_()
     nats = 0.5 * (q * gap - (p + q) * excess).sum(-1)
@@ -94,6 +94,11 @@ class LinearDecay(Threshold):
     """tau_t = 1 - t / length: from 1 to 0 over the maximum length."""
 
     length: int
+
+    def __post_init__(self) -> None:
+        Threshold.__post_init__(self)
+        if self.length < 1:
+            raise ValueError(f"{self}: needs length >= 1, the maximum length of a response")
 
     def shape(self, position_B: Tensor) -> Tensor:
         return 1.0 - position_B / self.length
