@@ -91,11 +91,13 @@ class EngineAccess:
 
     def __init__(self, stage: Stage[Any]) -> None:
         self.stage = stage
+        # A room that nobody holds a handle of ends, and its engines with it.
+        self._own = open_room() if stage.spec.runtime.namespace is None else None
 
     def room(self) -> Any:
         """The run's room, waited for; alone, a room of this process's own."""
-        if self.stage.spec.runtime.namespace is None:
-            return open_room()
+        if self._own is not None:
+            return self._own
         deadline = time.monotonic() + ROOM_SECONDS
         while True:
             try:
@@ -116,7 +118,12 @@ def engines(stage: Stage[Any]) -> Iterator[EngineAccess]:
     """Engines for the time of one stage."""
     alone = stage.spec.runtime.namespace is None
     # Inside a Ray job the address is in the environment; alone, a small Ray of this process's own is started.
-    ray.init(namespace=stage.spec.runtime.namespace, log_to_driver=alone, include_dashboard=False if alone else None)
+    ray.init(
+        namespace=stage.spec.runtime.namespace,
+        log_to_driver=alone,
+        include_dashboard=False if alone else None,
+        logging_level="WARNING",
+    )
     try:
         yield EngineAccess(stage)
     finally:

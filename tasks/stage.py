@@ -14,6 +14,7 @@ import logging
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -178,8 +179,8 @@ def main(settings_type: type[Settings], run: Callable[[Stage[Settings]], None]) 
             run(stage)
             manifests.commit_manifest(stage.store, stage.manifest)
     except ValueError as error:
-        message = one_line(error)
-        emit("error", message=message)
-        logging.getLogger("switchyard").debug("cause", exc_info=True)
-        sys.exit(f"error: {message}")  # noqa: the line is for people, the mark for the flow
+        # A user's mistake, or data that no second attempt would read differently. The trace is for the log.
+        traceback.print_exc(file=sys.stdout)
+        emit("error", message=one_line(error))
+        sys.exit(f"error: {one_line(error)}")
     print(stage.store.location(spec.manifest_path), flush=True)
