@@ -18,7 +18,7 @@ from tasks.config.models import GgufModel, HuggingFaceModel, ModelSource, Pruned
 from tasks.config.train import Switch
 from tasks.models import ROLES, identity
 from tasks.sources import check as check_source
-from tasks.verify import check as check_verifier
+from tasks.verify import check_verifier
 
 
 def problem(where: str, check: Callable[[], Any]) -> list[str]:
@@ -38,7 +38,9 @@ def readable(config: RunConfig, root: str) -> list[str]:
     for kind in ("sources", "heldout_sources"):
         for number, source in enumerate(getattr(config.prompts, kind)):
             found += problem(f"prompts.{kind}.{number}", lambda source=source: check_source(source))
-    found += problem("prompts.verifier", lambda: check_verifier(config.prompts.verifier))
+    found += problem(
+        "prompts.verifier", lambda: config.prompts.verifier == "auto" or check_verifier(config.prompts.verifier)
+    )
     return list(dict.fromkeys(found))
 
 
@@ -136,12 +138,12 @@ def distributions(config: RunConfig) -> list[str]:
     method = config.train.method.type
     if ours["tokens"] != theirs["tokens"]:
         found.append(
-            f"models.student: its tokenizer differs from the teacher's, and train.method {method} compares distributions "
-            "token by token: take a student of the teacher's family, or train.method sft"
+            f"models.student: its tokenizer differs from the teacher's, and train.method {method} compares "
+            "distributions: take a student of the teacher's family, or train.method sft"
         )
     elif ours["width"] != theirs["width"]:
         found.append(
-            f"models.student: its logits are {ours['width']} wide, the teacher's {theirs['width']} (padded vocabularies): "
+            f"models.student: its logits are {ours['width']} wide, the teacher's {theirs['width']} (padded): "
             "resize one model's embeddings to the other's, or use train.method sft"
         )
     elif ours["end"] != theirs["end"]:

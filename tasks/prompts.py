@@ -1,0 +1,226 @@
+"""Prompts: sources become problems to learn from, a warm-up draw of them, held-out problems, and refused rows.
+
+    python -m tasks.prompts --spec SPEC.json
+
+Input ``models`` (its facts hold the tokenizer's model). Tables ``prompts``, of them ``warmup`` and ``candidates``,
+``heldout`` and ``quarantine``. The set need not fit in memory: rows go to a duckdb database in the temporary folder
+(TMPDIR), Python holds a batch at a time. Draws take the smallest salted hashes of the prompt ids, so they depend on the
+seed and on the prompts, not on their order.
+
+Reasons of refusal: empty_prompt, too_long (in tokens, or a line beyond 8 MiB), undecodable, broken_line, malformed (a
+value of the wrong type), missing_field, no_template (the chat template refuses the conversation), duplicate,
+near_duplicate, in_heldout (a training row that is equal or near to a row of a held-out source).
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from pydantic import Field
+
+from infra.models import ModelRef, load_tokenizer, local_folder
+from tasks import schemas
+from tasks.config.base import Config
+from tasks.config.prompts import PromptsConfig
+from tasks.dedupe import drop_exact, drop_near
+from tasks.intake import Intake, Measure
+from tasks.stage import Stage, main
+from tasks.verify import check_verifier
+
+# A written part: about so many rows at most, or so many bytes.
+PART_ROWS, PART_BYTES = 8192, 128 << 20
+DATABASE: dict[str, Any] = {
+    "memory_limit": "1GB",
+    "threads": min(4, os.cpu_count() or 1),
+    "preserve_insertion_order": False,
+}
+# Sources of a run are few, but a ``source`` column may hold anything: so many are counted by name.
+COUNTED_SOURCES = 100
+
+
+class PromptsSettings(Config):
+    """What the stage does."""
+
+    prompts: PromptsConfig
+    """Sources, and what is refused."""
+    identities: list[str] = Field(default_factory=list)
+    """Contents of the sources (``tasks.sources.identity``): they enter the fingerprint, nothing else."""
+    seed: int = 0
+    """Seed of the draws."""
+    warmup: int = Field(ge=1)
+    """Prompts drawn for the warm-up: its share of budget.queries."""
+    candidates: int | None = Field(default=None, ge=1)
+    """Prompts drawn, of those that are not in the warm-up, for the student's samples: all where absent."""
+    tokenizer_key: str = "teacher"
+    """Role of the model whose tokenizer counts tokens."""
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template."""
+    chat_template: str | None = None
+    """Chat template; the tokenizer's own where absent."""
+
+
+def count(db: duckdb.DuckDBPyConnection, query: str) -> int:
+    row = db.execute(query).fetchone()
+    assert row
+    return row[0]
+
+
+def draw(db: duckdb.DuckDBPyConnection, settings: PromptsSettings) -> None:
+    """Every usable row becomes part of ``prompts`` or ``heldout``, or stays ``unused``; ``warmup`` is drawn of the
+    prompts. ValueError where there are too few."""
+    config = settings.prompts
+    given = bool(config.heldout_sources)
+    db.execute("CREATE TABLE usable AS SELECT n, prompt_id, heldout FROM rows ANTI JOIN fate USING (n)")
+    learn, aside = (count(db, f"SELECT count(*) FROM usable WHERE heldout = {flag}") for flag in ("false", "true"))
+    if given and aside < config.heldout:
+        raise ValueError(
+            f"prompts.heldout: {config.heldout:,} asked for, but prompts.heldout_sources hold {aside:,} usable rows:"
+            f" lower it to {aside:,} at most"
+        )
+    left = learn - (0 if given else config.heldout)
+    if left < 1:
+        raise ValueError(
+            f"prompts.heldout: {config.heldout:,} held-out prompts leave none of {learn:,} usable rows to learn from:"
+            " lower it, or add data"
+        )
+    if settings.warmup > left:
+        raise ValueError(
+            f"budget.queries: its warm-up share asks for {settings.warmup:,} prompts, but {left:,} are there: lower"
+            " budget.queries or budget.warmup_share, or add data"
+        )
+    db.execute(
+        "CREATE TABLE parts AS SELECT n, 'heldout' AS part FROM usable WHERE heldout = ?"
+        " ORDER BY sha256('heldout ' || ? || ' ' || prompt_id) LIMIT ?",
+        [given, str(settings.seed), config.heldout],
+    )
+    db.execute(
+        "INSERT INTO parts SELECT n, CASE WHEN heldout THEN 'unused' ELSE 'prompts' END"
+        " FROM usable ANTI JOIN parts USING (n)"
+    )
+    db.execute(
+        "CREATE TABLE warmup AS SELECT n FROM usable SEMI JOIN (FROM parts WHERE part = 'prompts') USING (n)"
+        " ORDER BY sha256('warmup ' || ? || ' ' || prompt_id) LIMIT ?",
+        [str(settings.seed), settings.warmup],
+    )
+    # A limit of NULL is none.
+    db.execute(
+        "CREATE TABLE candidates AS SELECT n FROM usable SEMI JOIN (FROM parts WHERE part = 'prompts') USING (n)"
+        " ANTI JOIN warmup USING (n) ORDER BY sha256('candidates ' || ? || ' ' || prompt_id) LIMIT ?",
+        [str(settings.seed), settings.candidates],
+    )
+
+
+def write(
+    stage: Stage[PromptsSettings], db: duckdb.DuckDBPyConnection, table: str, query: str, schema: pa.Schema
+) -> None:
+    """Commit a query's rows as the parts of a table."""
+    done = stage.done(table)
+    for shard, rows in enumerate(parts(db, query)):
+        if shard not in done:
+            stage.commit(table, shard, rows.select(schema.names).cast(schema))
+    stage.close_table(table, schema)
+
+
+def parts(db: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.Table]:
+    """A query's rows in parts of bounded size."""
+    reader = db.cursor().execute(query).to_arrow_reader(PART_ROWS // 4)
+    held: list[pa.RecordBatch] = []
+    for batch in reader:
+        held.append(batch)
+        if sum(b.num_rows for b in held) >= PART_ROWS or sum(b.nbytes for b in held) >= PART_BYTES:
+            yield pa.Table.from_batches(held)
+            held = []
+    if held:
+        yield pa.Table.from_batches(held)
+
+
+def write_all(stage: Stage[PromptsSettings], db: duckdb.DuckDBPyConnection) -> None:
+    chosen = "SELECT rows.* FROM rows SEMI JOIN ({}) AS chosen USING (n) ORDER BY n"
+    members = {
+        "prompts": "FROM parts WHERE part = 'prompts'",
+        "warmup": "FROM warmup",
+        "candidates": "FROM candidates",
+        "heldout": "FROM parts WHERE part = 'heldout'",
+    }
+    for table, member in members.items():
+        write(stage, db, table, chosen.format(member), schemas.PROMPT)
+    query = """
+        SELECT * FROM refused UNION ALL
+        SELECT n, source, position, reason, left(array_to_string([m.content FOR m IN messages], chr(10)), 10000) AS raw
+        FROM rows JOIN fate USING (n) ORDER BY n
+    """
+    write(stage, db, "quarantine", query, schemas.QUARANTINE)
+
+
+def facts(db: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+    """Counts of all that was read and what became of it, and the prompts' length in tokens."""
+    db.execute("""
+        CREATE VIEW outcomes AS
+        SELECT source, reason AS outcome, true AS refused FROM refused UNION ALL
+        SELECT source, reason, true FROM rows JOIN fate USING (n) UNION ALL
+        SELECT source, part, false FROM rows JOIN parts USING (n)
+    """)
+    by_part = dict(db.execute("SELECT part, count(*) FROM parts GROUP BY ALL").fetchall())
+    by_reason = db.execute("SELECT outcome, count(*) FROM outcomes WHERE refused GROUP BY ALL ORDER BY 2 DESC, 1")
+    reasons = dict(by_reason.fetchall())
+    by_source = db.execute(
+        """
+        SELECT source, count(*) AS read, count(*) FILTER (outcome = 'prompts') AS prompts,
+               count(*) FILTER (outcome = 'heldout') AS heldout, count(*) FILTER (refused) AS refused
+        FROM outcomes GROUP BY source ORDER BY read DESC, source LIMIT ?
+    """,
+        [COUNTED_SOURCES],
+    )
+    sources = {row["source"]: row for row in by_source.to_arrow_table().to_pylist()}
+    mean, most = db.execute("SELECT avg(tokens), max(tokens) FROM rows SEMI JOIN parts USING (n)").fetchone() or (0, 0)
+    return {
+        "counts": {
+            "read": sum(by_part.values()) + sum(reasons.values()),
+            "prompts": by_part.get("prompts", 0),
+            "warmup": count(db, "SELECT count(*) FROM warmup"),
+            "candidates": count(db, "SELECT count(*) FROM candidates"),
+            "heldout": by_part.get("heldout", 0),
+            "heldout_unused": by_part.get("unused", 0),
+            "reasons": reasons,
+            "sources": {name: {key: row[key] for key in row if key != "source"} for name, row in sources.items()},
+        },
+        "prompt_tokens": {"mean": round(mean, 1), "max": most},
+    }
+
+
+def measure(stage: Stage[PromptsSettings]) -> Measure:
+    """The tokenizer that counts. ValueError where it has no chat template."""
+    settings = stage.settings
+    model = ModelRef.model_validate(stage.input("models").facts["models"][settings.tokenizer_key])
+    tokenizer = load_tokenizer(local_folder(stage.store, model))
+    if not (settings.chat_template or tokenizer.chat_template):
+        raise ValueError(
+            f"models.{settings.tokenizer_key}: its tokenizer has no chat template: set models.chat_template"
+        )
+    return Measure(tokenizer, settings.prompts.max_prompt_tokens, settings.chat_template, settings.chat_template_args)
+
+
+def run(stage: Stage[PromptsSettings]) -> None:
+    config = stage.settings.prompts
+    if config.verifier != "auto":
+        check_verifier(config.verifier)
+    with tempfile.TemporaryDirectory(prefix="switchyard-prompts-") as folder:
+        database = {**DATABASE, "temp_directory": f"{folder}/spill"}
+        with duckdb.connect(f"{folder}/rows.duckdb", config=database) as db:
+            intake = Intake(db, config, measure(stage), lambda done, total: stage.progress(done, total, "rows"))
+            intake.read_all()
+            drop_exact(db)
+            if config.near_duplicates.enabled:
+                drop_near(db, config.near_duplicates.threshold)
+            draw(db, stage.settings)
+            write_all(stage, db)
+            stage.facts.update(facts(db))
+    stage.log.info("prompts: %s", stage.facts["counts"])
+    stage.progress(intake.done, intake.done, "rows", last=True)
+
+
+if __name__ == "__main__":
+    main(PromptsSettings, run)
