@@ -74,7 +74,8 @@ def load_state(folder: Path) -> State:
 def save(folder: Path, state: State, student: Student, optimizer: torch.optim.Optimizer) -> None:
     """Everything that a later ``load`` needs. Collective; only the first worker writes."""
     writes = student.world.rank == 0
-    weights, moments = {}, {}
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
     for name, parameter in student.trained().items():
         weight, parts = full(parameter), {key: full(optimizer.state[parameter][key]) for key in MOMENTS}
         if writes:

@@ -1,7 +1,7 @@
 """Methods: what each minimises, on which sequences (method.md, sections 1 and 4). p is the teacher, q the student.
 
-A method says how likely a sequence of a batch is rolled out, how a rollout is written, and the loss of a micro-batch; the
-loop does the rest. A new method is a class here, an entry in ``method_of`` and its settings.
+A method says how likely a sequence of a batch is rolled out, how a rollout is written, and the loss of a micro-batch;
+the loop does the rest. A new method is a class here, an entry in ``method_of`` and its settings.
 
 Shape legend: N response positions of a micro-batch, H student width, G teacher width, V vocabulary.
 """
@@ -17,6 +17,7 @@ from kernels import decode, gate
 from kernels.divergence import Divergence, named
 from kernels.fused import fused_cross_entropy, fused_divergence
 from kernels.rollout import Rollout
+from kernels.rules import Role
 from tasks.batches import Batch, Sequence, collate
 from tasks.config import train as config
 from tasks.student import Head, Loss, head_of, hidden_states
@@ -95,7 +96,7 @@ class Switch(Divergent):
         super().__init__(teacher, named(divergence.name, alpha=divergence.alpha, beta=divergence.beta), vocabulary)
         self.on_policy_share, self.max_new_tokens = settings.on_policy_share, settings.max_new_tokens
         self.gate = gate_of(settings)
-        drafter = "student" if settings.block else None
+        drafter: Role | None = "student" if settings.block else None
         self.sampling = decode.Sampling(settings.temperature)
         self.decode: Callable[..., Rollout] = decode.reference
         if settings.decoder == "blockwise":

@@ -104,7 +104,11 @@ def adapt(model: Any, lora: Lora, seed: int) -> Any:
     # The adapters' first matrices are random: the same on every worker.
     torch.manual_seed(seed)
     adapters = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets, bias="none"
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        bias="none",
     )
     return get_peft_model(model, adapters)
 

@@ -1,0 +1,36 @@
+"""What every training worker is told: one plan, made by the stage and sent through Ray Train. Imports no torch."""
+
+import math
+
+from pydantic import BaseModel
+
+from infra.models import ModelRef
+from tasks.config.train import TrainConfig
+
+
+class Plan(BaseModel):
+    root: str
+    rows: list[str]  # manifests with tables ``kept`` and ``charged``
+    student: ModelRef
+    teacher: ModelRef | None
+    train: TrainConfig
+    seed: int
+    stage_name: str
+    online_teacher_tokens: int | None = None
+    threads: int = 0
+    device: str = "cpu"
+    sharded: bool = False  # FSDP2; without it every worker holds the whole student
+
+    @property
+    def dtype(self) -> str:
+        """Of the teacher, and of the finished student."""
+        return "bfloat16" if self.device == "cuda" and self.train.precision != "float32" else "float32"
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of the step that follows ``step`` steps: a linear rise, then a cosine that ends at the last one."""
+        config = self.train
+        if step < config.warmup_steps:
+            return config.learning_rate * (step + 1) / config.warmup_steps
+        part = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+        low = config.final_learning_rate_share
+        return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, part))))

@@ -1,0 +1,148 @@
+"""Training workers: Ray Train started on the run's cluster, its progress relayed, its last checkpoint handed back."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlparse
+
+import pyarrow as pa
+import pyarrow.fs
+
+from infra.store import Store
+from tasks.plan import Plan
+from tasks.stage import Runtime, Stage
+
+# A first worker on a busy machine, or on a node that is still being added, takes minutes to import torch.
+START_TIMEOUT_S = 900
+# Ray Train looks at its workers this often; a worker that reports waits for it.
+POLL_S = 0.5
+
+
+def storage(store: Store, path: str) -> tuple[pa.fs.FileSystem, str]:
+    """A place of the store as Arrow's file systems name it, for Ray Train's checkpoints."""
+    place = urlparse(store.location(path))
+    if place.scheme != "s3":
+        return pa.fs.LocalFileSystem(), place.path
+    endpoint = urlparse(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "https:")
+    system = pa.fs.S3FileSystem(endpoint_override=endpoint.netloc or None, scheme=endpoint.scheme)
+    return system, place.netloc + place.path
+
+
+@contextmanager
+def connected(runtime: Runtime) -> Iterator[None]:
+    """Ray: the one already in use, the cluster of a job (``RAY_ADDRESS``), or one of this process's own."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Workers' output stays in Ray's log files; what this process prints is the stage's log.
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", log_to_driver=False)
+    else:
+        cpus = max(os.cpu_count() or 1, runtime.workers)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class Relay:
+    """An actor between the first worker and this process: rows of the curve."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def put(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def take(self) -> list[dict[str, Any]]:
+        rows, self.rows = self.rows, []
+        return rows
+
+
+@contextmanager
+def shown(stage: Stage[Any], relay: Any, steps: int) -> Iterator[None]:
+    """Steps as progress while the block runs."""
+    import ray
+
+    ended = threading.Event()
+
+    def show() -> None:
+        for row in ray.get(relay.take.remote())[-1:]:
+            facts = {name: row[name] for name in ("loss", "validation_loss", "intervention_rate")}
+            speed = row["tokens"] / row["seconds"]
+            stage.progress(row["step"], steps, "steps", tokens_per_second=round(speed, 1), **facts)
+
+    def watch() -> None:
+        while not ended.wait(POLL_S):
+            show()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    show()
+
+
+def work(config: dict[str, Any]) -> None:
+    """A worker's life. Its imports take seconds, and only the workers need them."""
+    from tasks.loop import train
+
+    train(config)
+
+
+def fit(stage: Stage[Any], plan: Plan) -> Any:
+    """Run the loop on all workers, from the last checkpoint if there is one; its last checkpoint."""
+    # Ray Train reads these where it starts.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    if plan.device == "cpu":
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    # Type checkers see the first version of Ray Train's settings, Ray runs the second.
+    api: Any = ray.train
+    runtime, gpu = stage.spec.runtime, plan.device == "cuda"
+    system, place = storage(stage.store, stage.spec.folder)
+    relay = ray.remote(num_cpus=0)(Relay).remote()
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"plan": plan.model_dump(mode="json"), "relay": relay},
+        # Counts are summed on the CPU, gradients where they are.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+        scaling_config=api.ScalingConfig(
+            num_workers=runtime.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": 1, "GPU": runtime.gpus_per_worker} if gpu else {"CPU": 1},
+        ),
+        run_config=api.RunConfig(
+            name="checkpoints",
+            storage_path=place,
+            storage_filesystem=system,
+            checkpoint_config=api.CheckpointConfig(num_to_keep=plan.train.keep_checkpoints),
+            # What fails is begun again by who runs the stage, from the last checkpoint.
+            failure_config=api.FailureConfig(max_failures=0, controller_failure_limit=3),
+            logging_config=api.LoggingConfig("ERROR"),
+            worker_runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
+        ),
+    )
+    with shown(stage, relay, plan.train.steps):
+        try:
+            return trainer.fit().checkpoint
+        except api.WorkerGroupError as error:
+            for failure in error.worker_failures.values():
+                cause = getattr(failure, "_base_exc", failure)
+                if isinstance(cause, ValueError):
+                    raise cause from error
+            raise
