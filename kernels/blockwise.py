@@ -77,7 +77,16 @@ def blockwise(
     if (block is not None and block < 1) or (slots is not None and slots < 1):
         raise ValueError(f"block ({block}) and slots ({slots}) must be at least 1, or None")
     rules = Rules.of(
-        prompts, keys_B, gate, max_new_tokens, eos_ids, student_sampling, teacher_sampling, vocab_size, student.device
+        student,
+        teacher,
+        prompts,
+        keys_B,
+        gate,
+        max_new_tokens,
+        eos_ids,
+        student_sampling,
+        teacher_sampling,
+        vocab_size,
     )
     with evaluating(student, teacher), watch_head(teacher) as head:
         table = _Table(student, teacher, prompts, rules, min(slots or len(prompts), len(prompts)), head)

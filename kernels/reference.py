@@ -74,7 +74,16 @@ def reference(
     """
     device = student.device
     rules = Rules.of(
-        prompts, keys_B, gate, max_new_tokens, eos_ids, student_sampling, teacher_sampling, vocab_size, device
+        student,
+        teacher,
+        prompts,
+        keys_B,
+        gate,
+        max_new_tokens,
+        eos_ids,
+        student_sampling,
+        teacher_sampling,
+        vocab_size,
     )
     record = Record(rules.limits_N, torch.promote_types(student.dtype, torch.float32))
     lengths = [0] * len(prompts)

@@ -47,6 +47,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rules:
+    """All that decides tokens beside the logits."""
+
     gate: Gate
     keys_N: Tensor
     limits_N: Tensor
@@ -58,17 +60,28 @@ class Rules:
     @classmethod
     def of(
         cls,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
         prompts: Sequence[Tensor],
         keys_N: Tensor,
         gate: Gate,
         max_new_tokens: int | Sequence[int],
         eos_ids: Sequence[int],
-        student: Sampling,
-        teacher: Sampling,
+        student_sampling: Sampling,
+        teacher_sampling: Sampling,
         vocab_size: int | None,
-        device: torch.device,
     ) -> "Rules":
-        """The checked rules of these prompts. Raises ValueError with the fix."""
+        """The checked rules for these models and prompts. Raises ValueError with the fix."""
+        widths = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+        if vocab_size is None and widths[0] != widths[1]:
+            raise ValueError(
+                f"the student has {widths[0]} logits and the teacher {widths[1]}: pass vocab_size, the number of "
+                "tokens of their common tokenizer"
+            )
+        if vocab_size is not None and vocab_size > min(widths):
+            raise ValueError(f"vocab_size {vocab_size} is more than the models' logits, {widths}")
+        if student.device != teacher.device:
+            raise ValueError(f"student on {student.device}, teacher on {teacher.device}: move them to one device")
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         if not prompts or any(prompt.ndim != 1 or not len(prompt) for prompt in prompts):
             raise ValueError("prompts must be a non-empty list of 1-D tensors of at least one token (a BOS will do)")
@@ -78,9 +91,9 @@ class Rules:
             raise ValueError(f"keys are int64 from kernels.noise.sequence_key, not {keys_N.dtype}")
         if min(limits) < 1:
             raise ValueError("max_new_tokens must be at least 1 for every row: leave out rows with nothing to write")
-        limits_N = torch.tensor(limits, device=device)
-        eos_E = torch.tensor(list(eos_ids), dtype=torch.int64, device=device)
-        return cls(gate, keys_N.to(device), limits_N, eos_E, student, teacher, vocab_size)
+        limits_N = torch.tensor(limits, device=student.device)
+        eos_E = torch.tensor(list(eos_ids), dtype=torch.int64, device=student.device)
+        return cls(gate, keys_N.to(student.device), limits_N, eos_E, student_sampling, teacher_sampling, vocab_size)
 
     def logprobs(self, logits_BV: Tensor) -> Tensor:
         """Log-probabilities [B, V] over the common vocabulary, float32 or better."""
@@ -109,11 +122,6 @@ class Rules:
         student_draw_B: Tensor,
     ) -> Tensor:
         """Let the gate decide position t of each row; write it down; return the emitted tokens [B]."""
-        if teacher_logprobs_BV.shape != student_logprobs_BV.shape:
-            raise ValueError(
-                f"the teacher has {teacher_logprobs_BV.shape[-1]} logits and the student "
-                f"{student_logprobs_BV.shape[-1]}: pass vocab_size, the number of tokens of their common tokenizer"
-            )
         jsd_B, kl_B = divergences(teacher_logprobs_BV, student_logprobs_BV, self.gate.log_base)
         coin_B = noise.uniform(self.keys_N[seq_B], t_B, noise.COIN)
         earlier = record.kl_NT[seq_B], record.teacher_NT[seq_B]
