@@ -1,10 +1,11 @@
-"""A source's row becomes a problem: which column means what, and what is refused.
+"""A source's row becomes a problem: which column means what, and which row is refused for what.
 
-Plain functions and one small state per source (the columns seen), no files.
+No files here: ``tasks/sources.py`` reads them and hands over row by row.
 """
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ SHOWN_COLUMNS = 30
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A problem, as in the schema PROMPT."""
+    """A problem: the schema PROMPT without its id."""
 
     source: str
     position: int
@@ -32,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A row that is no problem: reason and what it looked like, as in the schema QUARANTINE."""
+    """A row that is no problem: the schema QUARANTINE."""
 
     source: str
     position: int
@@ -40,46 +41,42 @@ class Refused:
     raw: str
 
 
+def storable(text: str) -> str:
+    """The text with lone surrogates as question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def refuse(source: str, position: int, reason: str, raw: str) -> Refused:
     """The row's beginning, storable whatever it holds."""
-    storable = raw[:RAW_CHARACTERS].encode("utf-8", "replace").decode()
-    return Refused(source.encode("utf-8", "replace").decode(), position, reason, storable)
+    return Refused(storable(source), position, reason, storable(raw[:RAW_CHARACTERS]))
 
 
-class Malformed(Exception):
-    """A value of a type that means nothing here."""
+class Unusable(Exception):
+    """A row that is refused; the message is the reason."""
 
 
 def as_text(value: Any) -> str | None:
-    """Scalars as text; structures as JSON."""
+    """Text as it is, numbers as Python writes them, everything else as JSON."""
     if value is None or isinstance(value, str):
         return value
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (dict, list, bool)) else str(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def content_text(content: Any) -> str:
-    """A message's text, given as such or in OpenAI's parts."""
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise Malformed
-        return "\n".join(part["text"] for part in content)
-    if content is None:
-        return ""
-    if not isinstance(content, str):
-        raise Malformed
-    return content
+    """A message's text, given as such or in OpenAI's parts of type text."""
+    parts = content if isinstance(content, list) else [{"text": content or ""}]
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise Unusable("malformed")
+    return "\n".join(part["text"] for part in parts)
 
 
 def as_messages(value: Any) -> list[dict[str, str]]:
-    """Role and text of each message. Malformed for anything else."""
-    if not isinstance(value, list):
-        raise Malformed
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise Malformed
-        messages.append({"role": message["role"], "content": content_text(message.get("content"))})
-    return messages
+    """Role and text of each message."""
+    if not isinstance(value, list) or not all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in value):
+        raise Unusable("malformed")
+    return [{"role": turn["role"], "content": content_text(turn.get("content"))} for turn in value]
 
 
 class Mapper:
@@ -88,31 +85,86 @@ class Mapper:
     def __init__(self, place: str, name: str, fields: Fields, verifier: str) -> None:
         self.place, self.name, self.fields, self.verifier = place, name, fields, verifier
         self.pattern = re.compile(fields.answer_pattern) if fields.answer_pattern else None
-        named = fields.model_dump(exclude={"prompt"} if fields.messages else set(), exclude_none=True)
-        self.unseen = {field: column for field, column in named.items() if field != "answer_pattern"}
+        skipped = {"answer_pattern", "prompt"} if fields.messages else {"answer_pattern"}
+        self.unseen: dict[str, str] = fields.model_dump(exclude=skipped, exclude_none=True)
         self.columns: dict[str, None] = {}
-        self.rows = self.answers = self.matched = 0
+        self.met = False
+        self.answers = self.matched = 0
 
     def __call__(self, position: int, row: dict[str, Any], raw: str | None = None) -> Row | Refused:
-        """The problem, or the refused row; ``raw`` is the row as it stood in the file."""
-        self.rows += 1
-        if len(self.columns) < SHOWN_COLUMNS:
-            self.columns.update(dict.fromkeys(row))
-        if self.unseen:
-            self.unseen = {field: column for field, column in self.unseen.items() if column not in row}
-        source = as_text(row.get(self.fields.source)) if self.fields.source else None
-        source = source or self.name
+        """The problem, or the refused row; ``raw`` is the row as it stood in its file."""
+        self.meet(row)
+        source = (as_text(row.get(self.fields.source)) if self.fields.source else None) or self.name
         try:
-            found = self.read(source, position, row)
-            strings = [source, found.answer or "", found.reference or "", *(turn["content"] for turn in found.messages)]
-            "".join(strings).encode()
+            found = self.problem(source, position, row)
+            texts = (source, found.answer, found.reference, *(turn["content"] for turn in found.messages))
+            "".join(text or "" for text in texts).encode()
             return found
-        except Malformed:
-            reason = "malformed"
-        except KeyError:
-            reason = "missing_field"
+        except Unusable as error:
+            reason = str(error)
         except UnicodeEncodeError:
             reason = "undecodable"
-        except EOFError:
-            reason = "empty_prompt"
         return refuse(source, position, reason, raw or json.dumps(row, ensure_ascii=False, default=str))
+
+    def meet(self, columns: Collection[str]) -> None:
+        """Note the columns of a row, or of a whole file."""
+        self.met = True
+        if len(self.columns) < SHOWN_COLUMNS:
+            self.columns.update(dict.fromkeys(columns))
+        if self.unseen:
+            self.unseen = {field: column for field, column in self.unseen.items() if column not in columns}
+
+    def problem(self, source: str, position: int, row: dict[str, Any]) -> Row:
+        fields = self.fields
+        messages, reference = self.conversation(row)
+        if not any(turn["content"].strip() for turn in messages if turn["role"] != "system"):
+            raise Unusable("empty_prompt")
+        if messages[-1]["role"] not in ("user", "tool"):
+            raise Unusable("malformed")
+        answer = self.answer(as_text(row.get(fields.answer)) if fields.answer else None)
+        own = as_text(row.get(fields.reference)) if fields.reference else None
+        verifier = verifier_for(answer) if self.verifier == "auto" else self.verifier
+        # A user's own verifier may need anything of the row, such as test cases.
+        entry = json.dumps(row, default=str) if ":" in verifier else None
+        return Row(source, position, messages, answer, own or reference or None, verifier, entry)
+
+    def conversation(self, row: dict[str, Any]) -> tuple[list[dict[str, str]], str | None]:
+        """The messages up to the model's turn, and that turn where it is given."""
+        column = self.fields.messages or self.fields.prompt
+        assert column, "the settings name one of the two"
+        if column not in row:
+            raise Unusable("missing_field")
+        if self.fields.messages:
+            messages = as_messages(row[column])
+            if messages and messages[-1]["role"] == "assistant":
+                return messages[:-1], messages[-1]["content"]
+            return messages, None
+        prompt = row[column]
+        if not isinstance(prompt, (str, int, float, type(None))):
+            raise Unusable("malformed")
+        context = as_text(row.get(self.fields.context)) if self.fields.context else None
+        parts = [text for text in (as_text(prompt), context) if text and text.strip()]
+        # A context without its question is no prompt.
+        return [{"role": "user", "content": "\n\n".join(parts) if prompt not in (None, "") else ""}], None
+
+    def answer(self, value: str | None) -> str | None:
+        """The known final answer within the answer column."""
+        if value is None or self.pattern is None:
+            return value
+        self.answers += 1
+        found = self.pattern.search(value)
+        self.matched += bool(found)
+        return found[1].strip() if found and found[1] else None
+
+    def finish(self, scope: str = "") -> None:
+        """ValueError where a named column, or the answer's pattern, was met nowhere. ``scope``: what was read."""
+        if self.met and self.unseen:
+            field, column = next(iter(self.unseen.items()))
+            raise ValueError(
+                f"{self.place}: no row{scope} has the column {column!r} of fields.{field}; set fields.{field} to one of"
+                f" {', '.join(map(repr, self.columns))}"
+            )
+        if self.answers and not self.matched:
+            raise ValueError(
+                f"{self.place}: fields.answer_pattern {self.fields.answer_pattern!r} matches no row{scope}: correct it"
+            )
