@@ -6,8 +6,8 @@ A position keeps some tokens (ids, quantised log-probabilities) and the mass of 
   biases every divergence downwards. For `divergence.topk_divergence_N`.
 - sampled: every token of probability `grain` or more for certain, and of the rest one weighted draw for each `grain` of
   mass, spread evenly over it (systematic sampling). A token is expected in proportion to its probability, so estimates
-  are unbiased but for the rounding of log-probabilities. For `divergence.sampled_divergence_N`, and best for KL(p ‖ q);
-  for terms led by q top mode is the steadier one.
+  are unbiased but for the rounding of log-probabilities. For `divergence.sampled_divergence_N`, and for every
+  divergence but KL(q ‖ p), where top mode is the steadier one.
 
 `kernels/planes.py` has the bytes, which are near incompressible: write the column without dictionary and statistics.
 `fused.fused_topk_divergence` trains from what `decode` returns. Distributions are stored at the teacher's temperature 1

@@ -47,6 +47,12 @@ class Divergence:
     terms: tuple[Term, ...] = ()
     variation: float = 0.0
 
+    @property
+    def impossible(self) -> float:
+        """κ, where κ·q is the summand of a token with p = 0; terms for which it is infinite (B = p) count as 0."""
+        led_by_q = (term for term in self.terms if term.first == "q" and term.teacher_share < 1.0)
+        return 0.5 * self.variation - sum(term.weight * math.log1p(-term.teacher_share) for term in led_by_q)
+
 
 def forward_kl() -> Divergence:
     """KL(p ‖ q), word-level knowledge distillation."""
@@ -162,14 +168,20 @@ def sampled_divergence_N(
 ) -> Tensor:
     """Unbiased estimate of each position's D from tokens drawn off the teacher's distribution (`codec.encode_sampled`).
 
-    D̂ = Σ_k importance_k · d(p_k, q_k), where d is the summand of D and importance is 1 for a token stored for certain,
-    and times drawn / expected times drawn for a drawn one. Its mean over draws is D and its gradient's mean is D's
-    gradient, as long as p > 0 wherever q is. A single estimate may be negative. For KL(p ‖ q) the spread is small;
-    terms led by q weigh a token by q/p, so theirs grows with the distance of the student.
+    With d(p, q) the summand of D, and d(0, q) = κ·q that of a token impossible for the teacher,
+
+        D̂ = κ + Σ_k importance_k · (d(p_k, q_k) − κ·q_k)
+
+    where importance is 1 for a token stored for certain, and times drawn / times expected for a drawn one. As Σ_v q_v
+    is 1, the mean of D̂ is Σ_v d(p_v, q_v), and its gradient's mean is D's gradient. Taking κ out bounds what a drawn
+    token adds by a multiple of its p, however large its q is. Only KL(q ‖ p), whose κ is infinite, does without: it
+    needs p > 0 and spreads widely. A single estimate may be negative.
     Padding and `temperature` are as in `topk_divergence_N`.
     """
     log_p_NK, log_q_NK = _slots(ids_NK, logprobs_NK, log_softmax(student_logits_NV, temperature))
-    return (importance_NK.to(log_p_NK.dtype) * pointwise(log_p_NK, log_q_NK, divergence)).sum(-1)
+    impossible = divergence.impossible
+    summands_NK = pointwise(log_p_NK, log_q_NK, divergence) - impossible * log_q_NK.exp()
+    return impossible + (importance_NK.to(summands_NK.dtype) * summands_NK).sum(-1)
 
 
 def pointwise(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:

@@ -118,8 +118,9 @@ def fused_topk_divergence(
             rest_RV = torch.exp(log_q_RV, out=logits_RV)
             value_RK, slope_RK, q_RK = _closed_form(log_p_CK[block], log_q_RK, divergence, Scratch())
             if importance_NK is not None:
-                share_RK = importance_NK[rows_C[block]].to(logits_RV.dtype)
-                value_R, slope_RK = (share_RK * value_RK).sum(-1), share_RK * slope_RK
+                share_RK, impossible = importance_NK[rows_C[block]].to(logits_RV.dtype), divergence.impossible
+                value_R = impossible + (share_RK * (value_RK - impossible * q_RK)).sum(-1)
+                slope_RK = share_RK * (slope_RK - impossible * q_RK)
                 total_R1 = slope_RK.sum(-1, keepdim=True)
                 rest_RV.mul_(-total_R1)
             else:

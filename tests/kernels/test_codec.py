@@ -124,8 +124,8 @@ def test_sampled_mode_keeps_likely_tokens_and_spreads_the_draws(seed: int, vocab
 
 
 def test_sampled_mode_is_unbiased() -> None:
-    # The same position 4,000 times: the means of loss and gradient must be the exact ones, within the noise of the draws
-    # and what rounding moves a probability by (under 3 % at this resolution).
+    # The same position 4,000 times: the means of loss and gradient must be the exact ones, within the noise of the
+    # draws and what rounding moves a probability by (under 3 % at this resolution).
     full_V = logprobs(1, 40, 5, 1.5)
     student_NV = logprobs(1, 40, 6, 1.5).double().expand(4000, 40).clone().requires_grad_()
     blob = encode_sampled(full_V.expand(4000, 40), torch.Generator().manual_seed(0), grain=0.1, resolution=55)

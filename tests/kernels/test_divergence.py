@@ -192,6 +192,23 @@ def test_sampled_estimate_is_exact_in_expectation(divergence: Divergence) -> Non
     torch.testing.assert_close(mean_grad_NV, exact_grad_NV)
 
 
+@pytest.mark.parametrize("divergence", [d for d in EVERY if d not in (reverse_kl(), skewed_reverse_kl(0.0))], ids=repr)
+def test_sampled_estimate_needs_no_draw_of_an_impossible_token(divergence: Divergence) -> None:
+    teacher_NV, student_NV = torch.tensor([[0.6, 0.4, 0.0]]).log(), torch.tensor([[0.1, 0.2, 0.7]]).log()
+    got_N = sampled_divergence_N(torch.tensor([[0, 1]]), teacher_NV[:, :2], torch.ones(1, 2), student_NV, divergence)
+    torch.testing.assert_close(got_N, divergence_N(teacher_NV, student_NV, divergence))
+
+
+def test_sampled_estimate_stays_bounded_where_the_student_is_far() -> None:
+    # A token of probability 1e-6 drawn once stands for a tail of 0.01, that is for 10,000 tokens like it. Plain weighting
+    # of a student that is sure of it would report 10,000 times the loss.
+    teacher_NK = torch.tensor([[0.99, 1e-6]]).log()
+    student_NV = torch.tensor([[1e-3, 0.998, 1e-3]]).log()
+    args = (torch.tensor([[0, 1]]), teacher_NK, torch.tensor([[1.0, 1e4]]), student_NV)
+    for divergence in (skewed_reverse_kl(0.1), jsd(0.5), total_variation(), skewed_kl(0.1)):
+        assert sampled_divergence_N(*args, divergence).abs().item() < 3.0
+
+
 def test_names_and_coefficients() -> None:
     assert named("jsd", beta=0.3) == jsd(0.3)
     assert named("skewed_reverse_kl", alpha=0.2) == skewed_reverse_kl(0.2)
