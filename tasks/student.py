@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from infra.models import load_model
-from tasks.batches import Batch
+from tasks.batches import Batch, collate
 from tasks.config.train import Lora, TrainConfig
 
 
@@ -137,6 +137,10 @@ class Student(nn.Module):
         for module in [module for module in self.modules() if type(module).__name__ in layers]:
             fully_shard(module, mesh=mesh, mp_policy=policy)
         fully_shard(self, mesh=mesh, mp_policy=policy)
+        # The first module that runs becomes FSDP's root; a rollout would make it a layer.
+        with torch.no_grad():
+            self(collate([], self.world.device), lambda hidden_NH, head, batch: (hidden_NH.sum(), hidden_NH))
+        self.reshard()
 
     def forward(self, batch: Batch, objective: Objective) -> Loss:
         hidden_BLH = hidden_states(self.model, batch.ids_BL)
