@@ -301,22 +301,22 @@ def test_modes_are_restored():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_differs_at_near_ties_only(dtype):
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype]
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
     teacher = model(llama(), 0).to(dtype)
     student, gate = near(teacher, 0.1), Constant(value=0.05)
-    prompts, keys = make_prompts([3, 8, 5, 2, 6, 4, 7, 1], 9)
+    prompts, keys = make_prompts([3, 8, 5, 2, 6, 4, 7, 1] * 2, 9)
     arguments = student, teacher, prompts, keys, gate
-    want = reference(*arguments, max_new_tokens=48, eos_ids=[])
-    got = blockwise(*arguments, max_new_tokens=48, eos_ids=[], block=6)
+    want = reference(*arguments, max_new_tokens=64, eos_ids=[])
+    got = blockwise(*arguments, max_new_tokens=64, eos_ids=[], block=6)
     mismatches = 0
     for prompt, key, a, b in zip(prompts, keys.tolist(), want.tokens, got.tokens, strict=True):
         position = first_difference(a, b)
         if position is not None:
             mismatches += 1
             assert margin(student, teacher, prompt, a, key, gate, position).near(tolerance)
-    assert mismatches == 0 or dtype == torch.bfloat16
+    assert (mismatches > 0) == (dtype == torch.bfloat16)
     # The check can fail: most positions are no near ties at all.
-    margins = [margin(student, teacher, prompts[0], want.tokens[0], int(keys[0]), gate, t) for t in range(0, 48, 6)]
+    margins = [margin(student, teacher, prompts[0], want.tokens[0], int(keys[0]), gate, t) for t in range(0, 64, 8)]
     assert sum(m.near(1e-3) for m in margins) <= 2
 
 
