@@ -67,7 +67,7 @@ def prefect_server(root: str) -> Iterator[Any]:
 
     up = running_local()
     if up:
-        os.environ.update(environment(Path(up.home), up.prefect_url))
+        os.environ.update({**environment(Path(up.home), up.prefect_url), **up.ray_environment})
         yield lambda: None
         return
     home = Path(root) / ".prefect" if "://" not in root else Path.home() / ".switchyard" / "prefect"
@@ -77,10 +77,10 @@ def prefect_server(root: str) -> Iterator[Any]:
         yield server.wait
     finally:
         if "prefect" in sys.modules:
-            from prefect.logging.handlers import APILogHandler
+            from prefect.logging.handlers import APILogWorker
 
             # What still waits to be sent would be lost, with a complaint on the terminal.
-            APILogHandler.flush()
+            APILogWorker.drain_all()
         server.stop()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from flows.server import answers, environment, server_command
-from infra.cluster import QUIET, free_port, head_command
+from infra.cluster import QUIET, free_port, head_command, token_environment
 from infra.process import detached, end, marked
 
 POOL = "switchyard"
@@ -33,6 +33,7 @@ class Local(BaseModel):
     prefect_url: str
     ray_address: str
     ray_folder: str
+    ray_environment: dict[str, str]
 
     @classmethod
     def start(cls) -> "Local":
@@ -48,12 +49,13 @@ class Local(BaseModel):
             prefect_url=f"http://127.0.0.1:{prefect_port}/api",
             ray_address=f"http://127.0.0.1:{dashboard_port}",
             ray_folder=tempfile.mkdtemp(prefix="switchyard-ray-", dir="/tmp"),
+            ray_environment=token_environment(),
         )
-        client = environment(Path(local.home), local.prefect_url)
+        client = {**environment(Path(local.home), local.prefect_url), **local.ray_environment}
         server = {**environment(Path(local.home)), "PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
         detached(server_command(prefect_port), base / "server.log", server, local.token)
         head = head_command(dashboard_port, Path(local.ray_folder), free_port())
-        detached(head, base / "ray.log", QUIET, local.token)
+        detached(head, base / "ray.log", {**QUIET, **local.ray_environment}, local.token)
         try:
             local._wait("Prefect's server", base / "server.log", lambda: answers(local.prefect_url))
             worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
@@ -62,7 +64,9 @@ class Local(BaseModel):
         except RuntimeError:
             local.stop()
             raise
-        local.path().write_text(local.model_dump_json(indent=1))
+        # The file holds the Ray head's token.
+        with open(local.path(), "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(local.model_dump_json(indent=1))
         return local
 
     @staticmethod

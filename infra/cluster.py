@@ -3,6 +3,7 @@
 import asyncio
 import os
 import queue
+import secrets
 import shutil
 import socket
 import sys
@@ -32,6 +33,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def token_environment() -> dict[str, str]:
+    """Ray's token authentication with a fresh secret. Child processes inherit it; it stands on no command line."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def head_command(dashboard_port: int, folder: Path, gcs_port: int) -> list[str]:
@@ -83,14 +89,18 @@ class Cluster:
             return self._client
 
     def _connect(self) -> Any:
-        from ray.job_submission import JobSubmissionClient
-
         if self.own:
             port = free_port()
             # Unix socket paths are short: the folder cannot lie below an arbitrary root.
             self._folder = Path(tempfile.mkdtemp(prefix="switchyard-ray-", dir="/tmp"))
+            # Ray's own ports listen beyond loopback: nobody without this head's token gets a job onto it. The client
+            # below and the jobs read it from the environment.
+            os.environ.update(token_environment())
             self._head = Guarded(head_command(port, self._folder, free_port()), self._folder / "head.log", QUIET)
             self.address = f"http://127.0.0.1:{port}"
+        # Ray reads its authentication from the environment when it is imported.
+        from ray.job_submission import JobSubmissionClient
+
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
@@ -174,20 +184,26 @@ def submit(cluster: Cluster, job_id: str, command: str, environment: dict[str, s
 
     Raises ValueError where the id is taken by a job that ended or is another's: the caller takes its next attempt.
     """
-    client = cluster.client
-    try:
-        client.submit_job(
-            entrypoint=command,
-            submission_id=job_id,
-            # Drivers are light; what needs CPUs or GPUs asks for them itself.
-            entrypoint_num_cpus=0,
-            runtime_env={"env_vars": environment},
-            metadata=metadata,
-        )
-    except RuntimeError as error:
-        if "already exists" not in str(error):
-            raise
-        info = client.get_job_info(job_id)
-        if info.metadata != metadata or str(info.status.value) in FINAL:
-            raise ValueError(f"job {job_id} exists and is {info.status.value}") from None
+    client, deadline = cluster.client, time.monotonic() + START_SECONDS
+    while True:
+        try:
+            client.submit_job(
+                entrypoint=command,
+                submission_id=job_id,
+                # Drivers are light; what needs CPUs or GPUs asks for them itself.
+                entrypoint_num_cpus=0,
+                runtime_env={"env_vars": environment},
+                metadata=metadata,
+            )
+            return Job(cluster, job_id)
+        except RuntimeError as error:
+            if "already exists" in str(error):
+                break
+            # A head answers some seconds before its node has an agent that starts jobs.
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.3)
+    info = client.get_job_info(job_id)
+    if info.metadata != metadata or str(info.status.value) in FINAL:
+        raise ValueError(f"job {job_id} exists and is {info.status.value}")
     return Job(cluster, job_id)
