@@ -200,8 +200,8 @@ def test_sampled_estimate_needs_no_draw_of_an_impossible_token(divergence: Diver
 
 
 def test_sampled_estimate_stays_bounded_where_the_student_is_far() -> None:
-    # A token of probability 1e-6 drawn once stands for a tail of 0.01, that is for 10,000 tokens like it. Plain weighting
-    # of a student that is sure of it would report 10,000 times the loss.
+    # A token of probability 1e-6 drawn once stands for a tail of 0.01, that is for 10,000 tokens like it. Where the
+    # student is sure of it, plain weighting would report 10,000 times the loss.
     teacher_NK = torch.tensor([[0.99, 1e-6]]).log()
     student_NV = torch.tensor([[1e-3, 0.998, 1e-3]]).log()
     args = (torch.tensor([[0, 1]]), teacher_NK, torch.tensor([[1.0, 1e4]]), student_NV)
