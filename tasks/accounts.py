@@ -72,16 +72,18 @@ def fact(manifests: Manifests, name: str, key: str) -> Any:
 
 def funnel(manifests: Manifests) -> list[Level]:
     """Levels that are known, from rows read to rows trained on."""
-    tables = ("prompts", "warmup", "heldout", "quarantine")
-    prompts, warmup, heldout, refused = (rows(manifests, "prompts", table) for table in tables)
-    read = fact(manifests, "prompts", "read") or total((prompts, warmup, heldout, refused))
+    prompts, warmup, heldout, refused = (
+        rows(manifests, "prompts", table) for table in ("prompts", "warmup", "heldout", "quarantine")
+    )
+    # Some prompts may be read for the held-out set and not be needed there.
+    read = (fact(manifests, "prompts", "counts") or {}).get("read") or total((prompts, heldout, refused))
     queried = [fact(manifests, name, "queries") for name in ("warmup-annotate", "annotate")]
     kept = [rows(manifests, name, "kept") for name in ("warmup-keep", "keep")]
     trained = (fact(manifests, "train", "data") or fact(manifests, "warmup-train", "data") or {}).get("rows")
     aside = (fact(manifests, "train", "data") or {}).get("validation_rows")
     levels = [
         ("Rows read", read, None, ""),
-        ("Prompts to learn from", prompts, None, f"{heldout:,} more held out for the evaluation" if heldout else ""),
+        ("Prompts to learn from", prompts, warmup, f"{heldout:,} more held out for the evaluation" if heldout else ""),
         ("Candidates the student answered", rows(manifests, "select", "signals"), None, ""),
         ("Teacher queries", total(queried), queried[0], ""),
         ("Annotations kept", total(kept), kept[0], ""),

@@ -75,7 +75,7 @@ def svg(draw: Callable[..., None], *data: Any, name: str, size: tuple[float, flo
     text = re.sub(
         r"<defs>\s*<style.*?</style>\s*</defs>|<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL
     )
-    text = re.sub(r"(font: [^;\"']*?\d+(?:\.\d+)?px) [^;\"]+", r"\1 var(--font)", text)
+    text = re.sub(r"font-family: '[^']*'", "font-family: var(--font)", text)
     text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", text, count=1)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)

@@ -1,6 +1,7 @@
 """Findings: the report's figures and samples, read from the input tables with only the columns they need."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,20 +18,30 @@ from tasks.accounts import Manifests
 from tasks.canvas import svg
 from tasks.config.train import ExponentialDecay, TrainConfig
 from tasks.metrics import LABELS, METRICS, Results
+from tasks.verdict import SHOWN
 
 # Held-out prompts shown side by side, and the characters shown of each text.
 SAMPLES, CHARACTERS = 6, 1500
-# Inches: two figures stand beside each other, or one takes the page's width.
-HALF, TALL, WIDE = (5.0, 2.9), (5.0, 3.5), (10.4, 2.3)
+# Inches: two figures stand beside each other, or three.
+HALF, TALL, THIRD = (5.0, 2.9), (5.0, 3.5), (3.1, 2.1)
 STRIP = {"nrows": 2, "sharex": True, "height_ratios": [3.4, 1]}
 
 
-class Finding(NamedTuple):
-    """A figure with what it shows."""
+@dataclass(frozen=True)
+class Finding:
+    """A figure with what it shows: ``draw(axes, *data)`` on axes that ``layout`` describes."""
 
     title: str
     note: str
-    svg: Markup
+    draw: Callable[..., None]
+    data: tuple[Any, ...]
+    size: tuple[float, float]
+    layout: dict[str, Any]
+
+    @property
+    def svg(self) -> Markup:
+        name = "".join(letter for letter in self.title.lower() if letter.isalnum() and letter.isascii())
+        return Markup(svg(self.draw, *self.data, name=name, size=self.size, layout=self.layout))
 
 
 class Calibration(NamedTuple):
@@ -45,8 +56,7 @@ class Calibration(NamedTuple):
 
 
 def finding(title: str, note: str, draw: Any, *data: Any, size: tuple[float, float] = HALF, **layout: Any) -> Finding:
-    name = "".join(letter for letter in title.lower() if letter.isalnum() and letter.isascii())
-    return Finding(title, note, Markup(svg(draw, *data, name=name, size=size, layout=layout)))
+    return Finding(title, note, draw, data, size, layout)
 
 
 def columns(
@@ -65,13 +75,12 @@ def columns(
 
 
 def measured(results: Results) -> list[Finding]:
-    """The before and after figure; none where nothing was measured."""
-    metrics = [metric for metric in METRICS if results.known(metric)]
-    if not metrics:
-        return []
-    note = "Dot: mean over held-out problems. Bar: bootstrap interval over problems and seeds."
-    layout = {"ncols": len(metrics), "sharey": True}
-    return [finding("Held-out results", note, plots.dots, results, size=WIDE, **layout)]
+    """The before and after figures, one a metric that was measured."""
+    return [
+        finding(SHOWN[metric].name, "", plots.dots, results, metric, size=THIRD)
+        for metric in METRICS
+        if results.known(metric)
+    ]
 
 
 def consistency(store: Store, manifests: Manifests) -> list[Finding]:
@@ -94,8 +103,8 @@ def confidence(store: Store, manifests: Manifests) -> tuple[list[Finding], list[
         "student's answers": (["select"], "signals", "ta_student"),
         "teacher's annotations": (["warmup-keep", "keep"], "scores", "ta_teacher"),
     }
-    least = [manifests[name].facts.get("threshold") for name in ("warmup-keep", "keep") if name in manifests]
-    dropped = " and ".join(f"{value:.2f}" for value in least if value)
+    least = (manifests[name].facts.get("threshold") for name in ("warmup-keep", "keep") if name in manifests)
+    dropped = " and ".join(dict.fromkeys(f"{value:.2f}" for value in least if value))
     figures, calibrations, known = [], [], {}
     for name, (inputs, table, column) in asked.items():
         found = columns(store, manifests, inputs, table, [column, "correct"])
@@ -112,9 +121,7 @@ def confidence(store: Store, manifests: Manifests) -> tuple[list[Finding], list[
             marks = (len(scores), len(pair[0]), float(pair[1].mean()), brier(*pair), auroc(*pair))
             calibrations.append(Calibration(name, *marks))
     if known:
-        note = (
-            "On the dashed line answers of 70 % confidence are right in 70 % of cases. Bars: 95 % Wilson intervals."
-        )
+        note = "On the dashed line answers of 70 % confidence are right in 70 % of cases. Bars: 95 % Wilson intervals."
         figures.append(finding("Is the TA's confidence honest?", note, plots.calibration, known, size=TALL))
     return figures, calibrations
 
@@ -133,7 +140,9 @@ def training(store: Store, manifests: Manifests, name: str, title: str, config: 
     if positions["emitted"].sum():
         gate = getattr(config.method, "gate", None)
         decay = gate if isinstance(gate, ExponentialDecay) else None
-        note = "The teacher decides where its distribution and the student's differ by more than the threshold."
+        note = (
+            "The teacher decides where it and the student differ by more than τ; it agrees where both drew one token."
+        )
         drawn = (plots.interventions, positions, decay)
         figures.append(finding(f"{title}: who writes, by position", note, *drawn, size=TALL, **STRIP))
     if not np.isnan(steps["response_length"]).all():

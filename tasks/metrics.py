@@ -26,6 +26,18 @@ LOSS_COLUMNS = ["label", "prompt_id", "source", "loss", "tokens"]
 # Sources reported one by one: the largest; a data set with thousands of them would hide the others.
 SOURCES = 30
 
+METRIC = pa.schema(
+    [
+        ("source", pa.string()),  # null: all held-out problems
+        ("problems", pa.int64()),
+        ("name", pa.string()),  # a label, or a paired difference
+        ("metric", pa.string()),
+        ("value", pa.float64()),  # null where unknown
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+    ]
+)
+
 # {metric: mean, metric_ci: [low, high]}; None where unknown.
 Measured = dict[str, Any]
 
@@ -139,3 +151,16 @@ def _filled(shape: tuple[int, int], place: Any, values: NDArray) -> NDArray:
     grid = np.full(shape, np.nan)
     grid[place] = values
     return grid
+
+
+def as_table(results: Results) -> pa.Table:
+    """All of it as METRIC rows, for queries over many runs."""
+    rows = []
+    parts: list[tuple[str | None, Results]] = [(None, results), *results.by_source.items()]
+    for source, part in parts:
+        for name, row in {**part.metrics, **part.differences}.items():
+            for metric in METRICS:
+                low, high = row[f"{metric}_ci"] or (None, None)
+                value = {"metric": metric, "value": row[metric], "low": low, "high": high}
+                rows.append({"source": source, "problems": part.problems, "name": name, **value})
+    return pa.Table.from_pylist(rows, schema=METRIC)

@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tasks import plots
 from tasks.accounts import Level
 from tasks.canvas import COLORS, STYLE
-from tasks.metrics import METRICS, Results
+from tasks.findings import Finding, finding
 
-# Inches and dots an inch: 1800 by 1050 pixels.
-SIZE, DPI = (12, 7), 150
+# Inches, dots an inch, and panels in a row.
+SIZE, DPI, PANELS = (14, 8), 130, 3
 
 
 def funnel(ax: Axes, levels: list[Level]) -> None:
@@ -34,22 +32,16 @@ def funnel(ax: Axes, levels: list[Level]) -> None:
     ax.tick_params(axis="y", length=0)
 
 
-def draw(path: Path, heading: str, text: str, results: Results, levels: list[Level], panels: list[Any]) -> None:
-    """Write the PNG: the verdict, held-out results, the funnel, and ``panels`` as (title, draw function, data…)."""
-    metrics = [metric for metric in METRICS if results.known(metric)]
+def draw(path: Path, heading: str, text: str, levels: list[Level], upper: list[Finding], lower: list[Finding]) -> None:
+    """Write the PNG: heading and text, a row of findings, the funnel of rows, and as many more as have room."""
+    funnels = [finding("Where rows went", "", funnel, levels)] if levels else []
     with matplotlib.rc_context({**STYLE, "figure.facecolor": COLORS["paper"], "savefig.facecolor": COLORS["paper"]}):
         figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-        top, middle, bottom = figure.subfigures(3, height_ratios=[0.62, 1.05, 1.5])
-        top.text(0.012, 0.72, heading, fontsize=19, fontweight="bold", va="center")
-        top.text(0.012, 0.42, textwrap.fill(text, 150), fontsize=10, va="top", color=COLORS["muted"])
-        if metrics:
-            axes = middle.subplots(ncols=len(metrics), sharey=True)
-            plots.dots(axes, results)
-            np.atleast_1d(axes)[0].set_title("Held-out results, with intervals")
-        drawn: list[Any] = [("Where rows went", funnel, levels)] if levels else []
-        drawn += panels[: 3 - len(drawn)]
-        for ax, (title, panel, *data) in zip(np.atleast_1d(bottom.subplots(ncols=max(1, len(drawn)))), drawn, strict=False):
-            panel(ax, *data)
-            ax.set_title(title)
-        figure.savefig(path, metadata={"Software": None})
+        strips: Any = figure.subfigures(3, height_ratios=[0.5, 1.1, 1.65], hspace=0.03)
+        strips[0].text(0.006, 0.72, heading, fontsize=19, fontweight="bold", va="center")
+        strips[0].text(0.006, 0.45, textwrap.fill(text, 150), fontsize=10, va="top", color=COLORS["muted"])
+        for strip, found in ((strips[1], upper), (strips[2], [*funnels, *lower])):
+            for place, panel in zip(strip.subfigures(1, PANELS, wspace=0.03), found, strict=False):
+                panel.draw(place.subplots(**panel.layout), *panel.data)
+                place.suptitle(panel.title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+        figure.savefig(path, metadata={"Software": None}, bbox_inches="tight", pad_inches=0.3)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kernels.calibration import reliability, wilson
 from tasks.canvas import COLORS
 from tasks.config.train import ExponentialDecay
-from tasks.metrics import LABELS, METRICS, Results
+from tasks.metrics import Results
 from tasks.verdict import NAMES, SHOWN
 
 # Points of one curve: more than the pixels they would fall on only make the page heavy.
@@ -18,32 +18,25 @@ POINTS = 400
 BINS = 20
 
 
-def dots(axes: Any, results: Results) -> None:
-    """A panel a metric: each model's mean and interval on one line."""
-    labels = [label for label in LABELS if any(label in results.known(metric) for metric in METRICS)]
-    metrics = [metric for metric in METRICS if results.known(metric)]
-    for ax, metric in zip(np.atleast_1d(axes), metrics, strict=True):
-        shown = SHOWN[metric]
-        for row, label in enumerate(labels):
-            mean, bounds = (results.metrics[label][key] for key in (metric, f"{metric}_ci"))
-            if mean is None:
-                continue
-            value = shown.factor * mean
-            low, high = [shown.factor * bound for bound in bounds] if bounds else (value, value)
-            ax.plot([low, high], [row, row], color=COLORS[label], linewidth=3, alpha=0.45)
-            ax.plot(value, row, "o", color=COLORS[label], markersize=7)
-            ax.annotate(
-                shown.number(mean), (value, row), (0, 7), textcoords="offset points", ha="center", color=COLORS["ink"]
-            )
-        ax.set_yticks(range(len(labels)), [NAMES[label] for label in labels], color=COLORS["ink"])
-        ax.set_ylim(len(labels) - 0.5, -0.7)
-        ax.grid(axis="x")
-        ax.grid(visible=False, axis="y")
-        ax.spines["left"].set_visible(False)
-        ax.tick_params(axis="y", length=0)
-        ax.margins(x=0.14)
-        ax.xaxis.set_major_locator(MaxNLocator(4))
-        ax.set_xlabel(f"{shown.name} ({shown.unit}), {'lower' if metric == 'loss' else 'higher'} is better")
+def dots(ax: Axes, results: Results, metric: str) -> None:
+    """One metric: each model's mean and interval on a line of its own."""
+    shown, labels = SHOWN[metric], results.known(metric)
+    for row, label in enumerate(labels):
+        mean, bounds = (results.metrics[label][key] for key in (metric, f"{metric}_ci"))
+        value = shown.factor * mean
+        low, high = [shown.factor * bound for bound in bounds] if bounds else (value, value)
+        ax.plot([low, high], [row, row], color=COLORS[label], linewidth=3, alpha=0.45)
+        ax.plot(value, row, "o", color=COLORS[label], markersize=7)
+        ax.annotate(shown.number(mean), (value, row), (0, 7), textcoords="offset points", ha="center")
+    ax.set_yticks(range(len(labels)), [NAMES[label] for label in labels], color=COLORS["ink"])
+    ax.set_ylim(len(labels) - 0.5, -0.7)
+    ax.grid(axis="x")
+    ax.grid(visible=False, axis="y")
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    ax.margins(x=0.14)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.set_xlabel(f"{shown.unit}, {'lower' if metric == 'loss' else 'higher'} is better")
 
 
 def split(correct: NDArray) -> list[tuple[str, str, NDArray]]:
@@ -62,13 +55,12 @@ def unique_answers(ax: Axes, unique: NDArray, correct: NDArray) -> None:
     below = np.zeros(top)
     for name, color, mask in split(correct):
         counts = np.bincount(unique[mask], minlength=top + 1)[1:]
-        ax.bar(range(1, top + 1), counts, 0.72, bottom=below, color=COLORS[color], label=f"majority answer {name}")
+        ax.bar(range(1, top + 1), counts, 0.72, bottom=below, color=COLORS[color], label=name)
         below += counts
     ax.set_xticks(range(1, top + 1))
     ax.set_xlabel("Unique final answers among the samples of a prompt")
-    ax.set_ylabel("Prompts")
-    ax.set_ylim(0, 1.25 * max(1, below.max()))
-    ax.legend(loc="upper right", ncols=3, handlelength=0.9, columnspacing=1)
+    ax.set_ylabel("Prompts, by majority answer")
+    key(ax)
 
 
 def accuracy_by_unique(ax: Axes, unique: NDArray, correct: NDArray) -> None:
@@ -78,7 +70,7 @@ def accuracy_by_unique(ax: Axes, unique: NDArray, correct: NDArray) -> None:
         marks = correct[known & (unique == count)]
         low, high = wilson(int(marks.sum()), len(marks))
         ax.plot([count, count], [low, high], color=COLORS["final"], linewidth=3, alpha=0.45)
-        ax.plot(count, marks.mean(), "o", color=COLORS["final"], markersize=7)
+        ax.plot(count, marks.mean(), "o", color=COLORS["final"], markersize=7, clip_on=False)
         ax.annotate(f"{marks.mean():.0%}", (count, marks.mean()), (9, -3), textcoords="offset points")
     top = int(unique.max(initial=1))
     ax.set_xticks(range(1, top + 1))
@@ -87,9 +79,14 @@ def accuracy_by_unique(ax: Axes, unique: NDArray, correct: NDArray) -> None:
     shares(ax, "Majority answers that are correct")
 
 
+def key(ax: Axes) -> None:
+    """The legend in one line above the axes, where no data is."""
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.1, handlelength=1.2, columnspacing=1.3)
+
+
 def shares(ax: Axes, label: str) -> None:
     """A y axis from 0 to 100 %."""
-    ax.set_ylim(0, 1.04)
+    ax.set_ylim(0, 1)
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.set_ylabel(label)
 
@@ -102,28 +99,25 @@ def confidence(ax: Axes, confidences: NDArray, correct: NDArray) -> None:
         ax.stairs(counts, edges, fill=True, color=COLORS[color], alpha=0.28)
         ax.stairs(counts, edges, color=COLORS[color], linewidth=1.4, label=f"{name} ({mask.sum():,})")
     ax.set_xlim(0, 1)
-    ax.set_ylim(0, 1.22 * ax.get_ylim()[1])
     ax.set_xlabel("TA's confidence in the answer")
     ax.set_ylabel(f"Answers per {1 / BINS:g}")
-    ax.legend(loc="upper right", ncols=3, handlelength=1, columnspacing=1)
+    key(ax)
 
 
 def calibration(ax: Axes, answers: dict[str, tuple[NDArray, NDArray]]) -> None:
     """Share correct against confidence in ten bins, with 95 % Wilson intervals; honest on the diagonal."""
     ax.plot([0, 1], [0, 1], color=COLORS["muted"], linewidth=1, linestyle=(0, (3, 3)))
-    ax.annotate("honest", (0.97, 0.97), (-4, -12), textcoords="offset points", ha="right", color=COLORS["muted"])
     for (name, (confidences, correct)), color, marker in zip(answers.items(), ("final", "teacher"), "os", strict=False):
         bins = reliability(confidences, correct)
         at = bins.counts > 0
-        ax.plot(
-            bins.confidence[at], bins.accuracy[at], marker, markersize=6, color=COLORS[color], linestyle="-", label=name
-        )
+        style: dict[str, Any] = {"markersize": 6, "color": COLORS[color], "linestyle": "-", "clip_on": False}
+        ax.plot(bins.confidence[at], bins.accuracy[at], marker, label=name, **style)
         for count, x, share in zip(bins.counts[at], bins.confidence[at], bins.accuracy[at], strict=True):
             ax.plot([x, x], wilson(round(share * count), int(count)), color=COLORS[color], linewidth=3, alpha=0.35)
     ax.set_xlim(0, 1)
     ax.set_xlabel("TA's confidence in the answer, mean of a tenth")
     shares(ax, "Answers that are correct")
-    ax.legend(loc="upper left", handlelength=1.4)
+    key(ax)
 
 
 def thin(values: NDArray, points: int = POINTS) -> tuple[NDArray, NDArray]:
@@ -163,14 +157,15 @@ def training(axes: Any, steps: dict[str, NDArray], start: float | None, best: in
     if start is not None:
         x, y = np.append(0, x), np.append(start, y)
     if len(x):
-        top.plot(x, y, "o-", color=COLORS["warmup"], markersize=4, label="validation cross entropy")
+        top.plot(x, y, "o-", color=COLORS["warmup"], markersize=4, label="validation loss")
     if best is not None and best in x:
         value = y[np.flatnonzero(x == best)[0]]
         top.plot(best, value, "o", markersize=10, markerfacecolor="none", markeredgecolor=COLORS["ink"])
-        top.annotate(f"kept: step {best}", (best, value), (0, 10), textcoords="offset points", ha="center")
+        side = "right" if best > len(steps["loss"]) / 2 else "left"
+        top.annotate(f"kept: step {best:,}", (best, value), (0, 9), textcoords="offset points", ha=side)
     top.set_ylabel("Nats per response token")
-    top.set_ylim(bottom=min(0, top.get_ylim()[0]), top=1.15 * top.get_ylim()[1])
-    top.legend(loc="upper right", ncols=2, handlelength=1.4)
+    top.set_ylim(bottom=min(0, top.get_ylim()[0]))
+    key(top)
     bottom.plot(*thin(steps["learning_rate"]), color=COLORS["muted"], linewidth=1.2)
     bottom.set_ylim(bottom=0)
     bottom.yaxis.set_major_locator(MaxNLocator(2))
@@ -189,16 +184,12 @@ def interventions(axes: Any, positions: dict[str, NDArray], gate: ExponentialDec
     agreeing = positions["agreeing"][:reached] / np.maximum(emitted, 1)
     top.fill_between(x, rate, step="mid", color=COLORS["teacher"], alpha=0.18, linewidth=0)
     top.step(x, rate, where="mid", color=COLORS["teacher"], label="teacher decides")
-    top.step(x, agreeing, where="mid", color=COLORS["second"], linewidth=1.2, label="… and agrees with the student")
+    top.step(x, agreeing, where="mid", color=COLORS["second"], linewidth=1.2, label="and agrees")
     if gate:
         threshold = np.maximum(gate.floor, gate.initial * np.exp(-gate.rate * x))
-        top.plot(
-            x, threshold, color=COLORS["ink"], linewidth=1.2, linestyle=(0, (4, 3)), label="threshold τ of the JSD"
-        )
+        top.plot(x, threshold, color=COLORS["ink"], linewidth=1.2, linestyle=(0, (4, 3)), label="threshold τ")
     shares(top, "Share of tokens")
-    top.set_ylim(0, 1.3)
-    top.set_yticks(np.linspace(0, 1, 6))
-    top.legend(loc="upper right", ncols=3, handlelength=1.4, columnspacing=1)
+    key(top)
     bottom.fill_between(x, emitted, step="mid", color=COLORS["base"], alpha=0.45, linewidth=0)
     bottom.set_ylim(bottom=0)
     bottom.yaxis.set_major_locator(MaxNLocator(2, integer=True))
@@ -212,10 +203,9 @@ def rollouts(axes: Any, steps: dict[str, NDArray]) -> None:
     curve(top, steps["response_length"], "final", "mean length")
     top.set_ylim(bottom=0)
     top.set_ylabel("Tokens a rollout")
-    curve(bottom, steps["eos_rate"], "warmup", "rollouts that end by themselves")
-    curve(bottom, steps["intervention_rate"], "teacher", "tokens the teacher decides")
+    curve(bottom, steps["eos_rate"], "warmup", "end by themselves")
+    curve(bottom, steps["intervention_rate"], "teacher", "tokens by the teacher")
     shares(bottom, "Share")
-    bottom.set_ylim(0, 1.35)
     bottom.set_yticks([0, 0.5, 1])
-    bottom.legend(loc="upper right", ncols=2, handlelength=1.4, columnspacing=1)
+    key(bottom)
     bottom.set_xlabel("Optimiser step")

@@ -58,8 +58,8 @@ def headline(results: Results) -> str:
     return "The student did not measurably change" if found["unclear"] else "Whether the student learned is not known"
 
 
-def verdict(results: Results, confidence: float) -> str:
-    """One sentence: did the student learn, by how much, and is that outside the interval?"""
+def details(results: Results, confidence: float) -> str:
+    """By how much, and is that outside the interval? What follows the headline."""
     change, found = results.differences["final-base"], outcomes(results)
     parts = []
     for metric in found["better"] + found["worse"]:
@@ -72,9 +72,12 @@ def verdict(results: Results, confidence: float) -> str:
         )
     if found["unclear"]:
         parts.append(f"no difference outside the interval in {' and '.join(map(in_sentence, found['unclear']))}")
-    if not parts:
-        parts.append("final and base student were not measured on the same held-out problems")
-    return f"{headline(results)}: {'; '.join(parts)}."
+    return "; ".join(parts) or "final and base student were not measured on the same held-out problems"
+
+
+def verdict(results: Results, confidence: float) -> str:
+    """One sentence: did the student learn, by how much, and is that outside the interval?"""
+    return f"{headline(results)}: {details(results, confidence)}."
 
 
 def in_sentence(metric: str) -> str:
