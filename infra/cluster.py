@@ -1,6 +1,7 @@
 """The Ray cluster: a head on this machine, or one that runs already, and jobs on either, through the Jobs API."""
 
 import asyncio
+import logging
 import os
 import queue
 import secrets
@@ -101,6 +102,8 @@ class Cluster:
         # Ray reads its authentication from the environment when it is imported.
         from ray.job_submission import JobSubmissionClient
 
+        # It says at every job's end that its log was read to the end.
+        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:

@@ -106,11 +106,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         keys, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"--set: {override!r} is not key.path=value")
-        *parents, last = keys.split(".")
-        place = data
-        for key in parents:
-            place = place.setdefault(key, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"--set: {override!r}: {key!r} holds a value, not settings")
-        place[last] = yaml.safe_load(value)
+        set_value(data, keys.split("."), yaml.safe_load(value), override)
     return RunConfig.model_validate(data)
+
+
+def set_value(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    """Set the value at a path of keys and list positions; ValueError where the path leads nowhere."""
+    place: Any = data
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(place, list):
+            if not key.isdigit() or int(key) >= len(place):
+                raise ValueError(f"--set: {override!r}: {key!r} is no position of a list of {len(place)}")
+            if last:
+                place[int(key)] = value
+            place = place[int(key)]
+        elif isinstance(place, dict):
+            if last:
+                place[key] = value
+            place = place.setdefault(key, {})
+        else:
+            raise ValueError(f"--set: {override!r}: {'.'.join(keys[:depth])!r} holds a value, not settings")

@@ -1,0 +1,109 @@
+"""Settings: what is refused, in one line with field, value and fix, before anything starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+from flows.cli import UserError, read_config
+from tasks.config import RunConfig
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def changed(tmp_path: Path, changes: dict[str, Any]) -> Path:
+    """The tiny settings, with dotted keys set."""
+    data = tiny.settings(tmp_path)
+    for keys, value in changes.items():
+        *parents, last = keys.split(".")
+        place = data
+        for key in parents:
+            place = place[int(key)] if isinstance(place, list) else place[key]
+        place[last] = value
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_committed_config_is_valid(path: Path) -> None:
+    config = read_config(path, None)
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_overrides_are_yaml_by_path(tmp_path: Path) -> None:
+    path = changed(tmp_path, {})
+    config = read_config(path, ["train.steps=7", "train.method={type: sft}", "prompts.sources.0.seed=9"])
+    assert (config.train.steps, config.train.method.type, config.prompts.sources[0].seed) == (7, "sft", 9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "fix"),
+    [
+        ({"train.stepz": 3}, "train.stepz", "not permitted"),
+        ({"train.steps": 0}, "train.steps", "greater than or equal to 1"),
+        ({"train.steps": "many"}, "train.steps", "integer"),
+        ({"name": "Bad Name"}, "name", "match"),
+        ({"train.method": {"type": "magic"}}, "train.method", "'sft'"),
+        ({"train.micro_batch": 3}, "train", "does not divide"),
+        ({"budget.queries": 2, "budget.warmup_share": 0.1}, "config", "budget.queries"),
+        ({"sampling.teacher.max_tokens": 4000}, "config", "max_model_len"),
+        ({"prompts.sources": []}, "prompts.sources", "at least 1"),
+        ({"prompts.verifier": "guess"}, "prompts", "module:function"),
+        ({"models.student": {"type": "prune", "layers": [0]}}, "models.student.prune.of", "required"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_mistake_names_its_field(tmp_path: Path, changes: dict[str, Any], field: str, fix: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(changed(tmp_path, changes), None)
+    assert any(problem.startswith(field) and fix in problem for problem in caught.value.problems), caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("a: [", "is not YAML"), ("- 1", "holds list"), ("", "holds NoneType"), ("\0", "is not YAML")]
+)
+def test_a_file_that_is_no_settings(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_config(path, None)
+    assert said in caught.value.problems[0]
+    assert "\n" not in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("override", ["train.steps", "name.x=1"])
+def test_a_broken_override(tmp_path: Path, override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(changed(tmp_path, {}), [override])
+    assert caught.value.problems[0].startswith("--set")
+
+
+def switchyard(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "no-such.yaml"], "error: config: no file 'no-such.yaml'"),
+        (["plan", "configs/quickstart.yaml", "--set", "budget.queries=x"], "error: budget.queries"),
+        (["plan"], "Missing argument"),
+        (["show", "nothing", "--root", "/nonexistent-root-of-a-test"], "error: run: 'nothing'"),
+        (["nonsense"], "No such command"),
+    ],
+)
+def test_exit_2_one_line_no_traceback(arguments: list[str], said: str) -> None:
+    result = switchyard(*arguments)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr

