@@ -90,6 +90,7 @@ def stage_of(
     inputs: dict[str, str],
     train: dict[str, Any],
     runtime: dict[str, Any] | None = None,
+    redo: int = 0,
     **settings: Any,
 ) -> Stage[TrainSettings]:
     values = {"train": train, "seed": 7, "rows": ["keep"], "stage_name": "train"} | settings
@@ -98,6 +99,7 @@ def stage_of(
         module="tasks.train",
         settings=values,
         inputs=inputs,
+        redo=redo,
         root=store.uri,
         runtime={"threads": 1, **(runtime or {})},
     )

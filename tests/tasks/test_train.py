@@ -1,0 +1,195 @@
+"""The training stage under Ray Train: both stage types, several workers, a crash, and what a user gets wrong."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from toys import EOS, commit_inputs, kept_rows, save_model, stage_of
+from transformers import AutoModelForCausalLM
+
+from infra.manifest import read_rows
+from infra.store import LocalStore, S3Store
+from tasks.loop import Loop, proceed, start
+from tasks.schemas import POSITION, STEP
+from tasks.stage import MARK, Stage
+from tasks.student import World
+from tasks.train import TrainSettings, plan_of, run
+from tasks.workers import fit, storage
+
+torch.set_num_threads(1)
+SWITCH = {"type": "switch", "max_new_tokens": 10, "block": 4}
+SHORT = {"steps": 6, "micro_batch": 4, "validate_every": 3, "checkpoint_every": 2, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
+    return LocalStore(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def inputs(store: LocalStore) -> dict[str, str]:
+    student = save_model(store, "student", seed=1)
+    teacher = save_model(store, "teacher", seed=2, hidden=64, spread=0.2)
+    stranger = teacher.model_copy(update={"name": "stranger", "tokenizer_hash": "another"})
+    return commit_inputs(store, {"student": student, "teacher": teacher, "stranger": stranger}, kept_rows(48))
+
+
+def curve(stage: Stage[TrainSettings]) -> Any:
+    """The committed curve without its times."""
+    steps = read_rows(stage.store, stage.manifest, "steps")
+    assert steps.schema.equals(STEP)
+    return steps.drop_columns(["seconds", "rollout_seconds"])
+
+
+def alone(stage: Stage[TrainSettings], folder: Path) -> tuple[Loop, dict[str, torch.Tensor]]:
+    """The same stage on one worker in this process: its loop and its student's weights."""
+    loop, weights = start(plan_of(stage), World(0, 1, torch.device("cpu")), None), {}
+    assert loop
+
+    def report(source: Path, step: int) -> None:
+        if step == stage.settings.train.steps:
+            weights.update(load_file(source / "student" / "model.safetensors"))
+
+    proceed(loop, report, lambda row: None)
+    return loop, weights
+
+
+def test_sft_stage_commits_a_student(
+    cluster: None, store: LocalStore, inputs: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    stage = stage_of(store, inputs, {**SHORT, "method": {"type": "sft"}}, stage_name="warmup")
+    run(stage)
+    loop, weights = alone(stage, tmp_path)
+    student = stage.facts["models"]["student"]
+    folder = store.localise(student["path"])
+    committed = load_file(folder / "model.safetensors")
+    assert all(torch.equal(committed[name], weight) for name, weight in weights.items())
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == EOS
+    assert {"README.md", "config.json", "generation_config.json", "tokenizer.json"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert "stage warmup" in (folder / "README.md").read_text()
+    assert student["revision"] != "student-1"
+    assert student["tokenizer_hash"] == "toy"
+    assert curve(stage)["step"].to_pylist() == [1, 2, 3, 4, 5, 6]
+    assert read_rows(store, stage.manifest, "positions").schema.equals(POSITION)
+    assert stage.facts["best_validation_loss"] == loop.state.best.loss if loop.state.best else False
+    assert stage.facts["data"]["rows"] + stage.facts["data"]["validation_rows"] == 48
+    assert stage.facts["intervention_rate"] is None
+    json.dumps(stage.facts, allow_nan=False)
+    assert not (store.root / stage.spec.folder / "checkpoints").exists()
+    marks = [json.loads(line[len(MARK) :]) for line in capsys.readouterr().out.splitlines() if line.startswith(MARK)]
+    assert marks[-1]["done"] == marks[-1]["total"] == 6
+    assert marks[-1]["unit"] == "steps"
+
+
+def test_switch_stage_on_two_workers_is_that_on_one(
+    cluster: None, store: LocalStore, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    train = {**SHORT, "method": SWITCH, "keep": "last", "micro_batch": 2, "batch_size": 8}
+    stage = stage_of(store, inputs, train, {"workers": 2})
+    run(stage)
+    loop, weights = alone(stage, tmp_path)
+    committed = load_file(store.localise(stage.facts["models"]["student"]["path"]) / "model.safetensors")
+    for name, weight in weights.items():
+        # Adam magnifies the rounding of gradients near 0: 6 steps of 1e-2 could part them by 0.12.
+        torch.testing.assert_close(committed[name], weight, rtol=0, atol=2e-3, msg=name)
+    rows, expected = curve(stage).to_pylist(), loop.state.steps
+    for name in ("step", "tokens", "teacher_tokens", "response_length", "eos_rate", "intervention_rate"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-6), name
+    for name in ("loss", "loss_on_policy", "loss_off_policy", "gradient_norm"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-4), name
+    counts = read_rows(store, stage.manifest, "positions").to_pydict()
+    assert [counts[name] for name in POSITION.names[1:]] == loop.state.positions
+    assert 0 < stage.facts["intervention_rate"] < 1
+    assert stage.facts["online_teacher_tokens"] == sum(counts["emitted"])
+    assert stage.facts["rollouts"] == loop.state.prompts_drawn
+
+
+def test_distributions_need_one_tokenizer_and_bfloat16_needs_a_gpu(store: LocalStore, inputs: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"switch compares distributions, but teacher stranger and student student"):
+        plan_of(stage_of(store, inputs, {**SHORT, "method": SWITCH}, teacher="stranger"))
+    with pytest.raises(ValueError, match="input 'models' names no model 'nobody'; it has student, teacher, stranger"):
+        plan_of(stage_of(store, inputs, {**SHORT, "method": SWITCH}, teacher="nobody"))
+    with pytest.raises(ValueError, match=r"train.precision: bfloat16 needs GPUs"):
+        plan_of(stage_of(store, inputs, {**SHORT, "method": {"type": "sft"}, "precision": "bfloat16"}))
+
+
+def test_checkpoints_stand_beside_the_parts(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, place = storage(store, "stages/train/x")
+    assert (system.type_name, place) == ("local", str(store.root / "stages/train/x"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1234")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    system, place = storage(S3Store("bucket", "prefix"), "stages/train/x")
+    assert (system.type_name, place) == ("s3", "bucket/prefix/stages/train/x")
+
+
+@pytest.mark.long
+def test_a_worker_killed_midway_costs_steps_but_no_result(
+    cluster: None, store: LocalStore, inputs: dict[str, str]
+) -> None:
+    from ray.train import TrainingFailedError
+
+    train = {**SHORT, "method": SWITCH, "steps": 120, "checkpoint_every": 10, "validate_every": 50}
+    # The same plan in two folders.
+    whole, killed = (stage_of(store, inputs, train, redo=redo) for redo in (0, 1))
+    run(whole)
+    folder = store.root / killed.spec.folder / "checkpoints"
+
+    def kill() -> None:
+        while len(list(folder.glob("checkpoint_*"))) < 2:
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                process.send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(TrainingFailedError):
+        run(killed)
+    killer.join()
+    assert folder.exists()
+    run(killed)
+    assert curve(killed).equals(curve(whole))
+    assert killed.facts["models"]["student"]["revision"] == whole.facts["models"]["student"]["revision"]
+    assert not folder.exists()
+
+
+@pytest.mark.long
+def test_shards_on_two_workers_are_the_whole_on_one(
+    cluster: None, store: LocalStore, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    train = {**SHORT, "method": SWITCH, "keep": "last", "micro_batch": 3, "batch_size": 9}
+    stage = stage_of(store, inputs, train, {"workers": 2})
+    with fit(stage, plan_of(stage).model_copy(update={"sharded": True})).as_directory() as folder:
+        committed = load_file(Path(folder) / "student" / "model.safetensors")
+        rows = pq.read_table(Path(folder) / "steps.parquet").to_pylist()
+    loop, weights = alone(stage, tmp_path)
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in loop.state.steps], rel=1e-4)
+    for name, weight in weights.items():
+        torch.testing.assert_close(committed[name], weight, rtol=0, atol=2e-3, msg=name)
+
+
+@pytest.mark.long
+def test_a_loss_that_is_not_finite_is_one_line(cluster: None, store: LocalStore, inputs: dict[str, str]) -> None:
+    train = {**SHORT, "method": {"type": "sft"}, "learning_rate": 1e30, "warmup_steps": 0, "validate_every": 100}
+    with pytest.raises(ValueError, match=r"^step 2: loss nan, .* on row-\d+, .*; last good checkpoint: step 0"):
+        run(stage_of(store, inputs, train, {"workers": 2}))
