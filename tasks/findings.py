@@ -92,7 +92,7 @@ def consistency(store: Store, manifests: Manifests) -> list[Finding]:
     title, note = "How much the student disagrees with itself", "Fewer unique answers mean a more confident student."
     figures = [finding(title, note, plots.unique_answers, unique, correct)]
     if not np.isnan(correct).all():
-        title, note = "Disagreement predicts mistakes", "Dots: shares. Bars: 95 % Wilson intervals."
+        title, note = "Accuracy by number of unique answers", "Dots: shares. Bars: 95 % Wilson intervals."
         figures.append(finding(title, note, plots.accuracy_by_unique, unique, correct))
     return figures
 

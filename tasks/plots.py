@@ -57,8 +57,9 @@ def unique_answers(ax: Axes, unique: NDArray, correct: NDArray) -> None:
         counts = np.bincount(unique[mask], minlength=top + 1)[1:]
         ax.bar(range(1, top + 1), counts, 0.72, bottom=below, color=COLORS[color], label=name)
         below += counts
-    ax.set_xticks(range(1, top + 1))
+    ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     ax.set_xlabel("Unique final answers among the samples of a prompt")
+    ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_ylabel("Prompts, by majority answer")
     key(ax)
 
@@ -73,7 +74,7 @@ def accuracy_by_unique(ax: Axes, unique: NDArray, correct: NDArray) -> None:
         ax.plot(count, marks.mean(), "o", color=COLORS["final"], markersize=7, clip_on=False)
         ax.annotate(f"{marks.mean():.0%}", (count, marks.mean()), (9, -3), textcoords="offset points")
     top = int(unique.max(initial=1))
-    ax.set_xticks(range(1, top + 1))
+    ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     ax.set_xlim(0.5, top + 0.7)
     ax.set_xlabel("Unique final answers among the samples of a prompt")
     shares(ax, "Majority answers that are correct")
@@ -100,6 +101,7 @@ def confidence(ax: Axes, confidences: NDArray, correct: NDArray) -> None:
         ax.stairs(counts, edges, color=COLORS[color], linewidth=1.4, label=f"{name} ({mask.sum():,})")
     ax.set_xlim(0, 1)
     ax.set_xlabel("TA's confidence in the answer")
+    ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_ylabel(f"Answers per {1 / BINS:g}")
     key(ax)
 

@@ -111,7 +111,8 @@ def run(stage: Stage[ReportSettings]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         page.write(folder, stage, manifests, results, decision)
-        facts["report"] = f"{stage.add_files('report', folder)}/index.html"
+        place = stage.add_files("report", folder)
+    facts.update(report=f"{place}/index.html", overview=f"{place}/overview.png")
     stage.progress(3, STEPS, "steps", now="promotion")
     if decision.promoted:
         entry = {key: facts[key] for key in ("student", "report", "verdict", "metrics", "differences")}

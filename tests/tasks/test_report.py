@@ -102,7 +102,7 @@ def test_every_section_is_there(whole):
         "Where rows went",
         "Refused rows, by reason",
         "How much the student disagrees with itself",
-        "Disagreement predicts mistakes",
+        "Accuracy by number of unique answers",
         "TA's confidence in the student's answers",
         "TA's confidence in the teacher's annotations",
         "Is the TA's confidence honest?",
@@ -171,7 +171,7 @@ def test_files_and_student(whole):
         for file in files:
             data = stage.store.read(file.path)
             assert (len(data), hashlib.sha256(data).hexdigest()) == (file.bytes, file.sha256)
-    picture = stage.store.read(manifest.facts["report"].replace("index.html", "overview.png"))
+    picture = stage.store.read(manifest.facts["overview"])
     assert picture.startswith(b"\x89PNG")
     trained = {file.path.rsplit("/", 1)[1]: file.sha256 for file in stage.input("train").files["student"]}
     finished = {file.path.rsplit("/", 1)[1]: file.sha256 for file in manifest.files["student"]}
@@ -220,7 +220,7 @@ def test_same_inputs_give_the_same_page(whole):
         (["prompts"], "Where rows went", "Signals"),
         (["evaluate-before"], "Before and after", "Samples side by side"),
         (["models", "train", "evaluate-after", "evaluate-before", "prompts"], "Stage 2: loss", "Stage 1: loss"),
-        (["select"], "Disagreement predicts mistakes", "TA's confidence in the teacher's annotations"),
+        (["select"], "Accuracy by number of unique answers", "TA's confidence in the teacher's annotations"),
     ],
 )
 def test_absent_inputs_leave_their_section_out(whole, inputs, present, absent):
