@@ -3,8 +3,8 @@
     python -m tasks.child math | reasoning_gym        (started by ``ask``; by hand it reads requests from stdin)
 
 - Scorers and math-verify evaluate what a model wrote, and ``9**9**9**9`` takes all time and memory there is. Each such
-  request has a deadline that the kernel enforces by ending the process (an alarm without a handler also ends C code,
-  works whatever thread asks, and outlives a killed parent), and the process may take 4 GiB.
+  request has a limit of processor time that the kernel enforces by ending the process (a timer without a handler also
+  ends C code, works whatever thread asks, and outlives a killed parent), and the process may take 4 GiB.
 - Some generators of reasoning-gym iterate over sets, so their problems differ between processes unless the hash seed is
   fixed, which must happen before Python starts.
 """
@@ -23,8 +23,9 @@ from functools import lru_cache
 from typing import Any
 
 MEMORY_BYTES = 4 << 30
-DEADLINE_SECONDS = 5
-# Scorers with a deadline; generators may take their time.
+# Of processor time, not of the clock: a busy machine changes no verdict.
+JUDGING_SECONDS = 5
+# Requests with that limit; generators may take their time.
 JUDGING = {"score", "math_answer", "math_equal"}
 
 
@@ -84,7 +85,7 @@ def child(kind: str, process_id: int) -> Child:
 
 def ask(kind: str, op: str, *arguments: Any) -> Any:
     """The value of ``op(*arguments)`` in the helper process ``kind`` (JSON both ways). Unanswered where it raised, took
-    longer than 5 s or more than 4 GiB."""
+    more than 5 s of a processor or 4 GiB."""
     return child(kind, os.getpid()).ask(op, list(arguments))
 
 
@@ -147,13 +148,13 @@ def serve(kind: str) -> None:
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         op, arguments = json.loads(line)
-        signal.alarm(DEADLINE_SECONDS if op in JUDGING else 0)
+        signal.setitimer(signal.ITIMER_PROF, JUDGING_SECONDS if op in JUDGING else 0)
         # Generators and scorers raise anything, by what stands in a text or an option; the asker decides what it means.
         try:
             reply = {"value": ops[op](*arguments)}
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"[:500]}
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(reply, default=str), file=replies, flush=True)
 
 

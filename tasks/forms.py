@@ -156,9 +156,15 @@ def pattern_finder(pattern: str) -> Callable[[str], str | None]:
     return find
 
 
+def bracketed(text: str) -> str | None:
+    """The last line's part from the first bracket to the last."""
+    line = next((line for line in reversed(text.splitlines()) if "[" in line and "]" in line), "")
+    return line[line.find("[") : line.rfind("]") + 1] or None
+
+
 def fraction(text: str) -> str | None:
     """The last fraction as it stands, not reduced."""
-    found = pattern_finder(r"-?\d+\s?/\s?-?\d+")(_LATEX_FRACTION.sub(r"\1/\2", text))
+    found = pattern_finder(r"(?<!\d)-?(?<!\d)\d+\s?/\s?-?\d+")(_LATEX_FRACTION.sub(r"\1/\2", text))
     return found.replace(" ", "") if found else None
 
 
@@ -167,9 +173,9 @@ FORMS: dict[str, tuple[re.Pattern[str], Callable[[str], str | None]]] = {
     "verdict": (re.compile(r"(?i:yes|no|true|false)"), yes_no),
     "number": (re.compile(r"[-+]?(0|[1-9][\d,]*)(\.\d+)?([eE][-+]?\d+)?"), number),
     "fraction": (re.compile(r"-?\d+/\d+"), fraction),
-    "clock": (re.compile(r"\d+(:\d+)+(\.\d+)?"), pattern_finder(r"\d+(?::\d+)+(?:\.\d+)?")),
+    "clock": (re.compile(r"\d+(:\d+)+(\.\d+)?"), pattern_finder(r"(?<!\d)\d+(?::\d+)+(?:\.\d+)?")),
     "word": (re.compile(r"[\w'-]+"), word),
-    "list": (re.compile(r"\[.*\]"), pattern_finder(r"\[[^\n]*\]")),
+    "list": (re.compile(r"\[.*\]"), bracketed),
     "line": (re.compile(r"[^\n]+"), last_line),
 }
 

@@ -7,7 +7,6 @@ Used by ``python -m tasks.prompts``.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import duckdb
@@ -141,12 +140,12 @@ class Intake:
             if isinstance(row, Row) and isinstance(measure, int):
                 messages = self.conversation(row)
                 own = {"n": n, "heldout": heldout, "tokens": measure, "prompt_id": content_hash(messages)}
-                good.append({**asdict(row), **own, "messages": messages})
+                good.append({**row._asdict(), **own, "messages": messages})
             elif isinstance(row, Row):
                 said = "\n".join(turn["content"] for turn in row.messages)
-                bad.append({"n": n, **asdict(refuse(row.source, row.position, str(measure), said))})
+                bad.append({"n": n, **refuse(row.source, row.position, str(measure), said)._asdict()})
             else:
-                bad.append({"n": n, **asdict(row)})
+                bad.append({"n": n, **row._asdict()})
         self.done += len(batch)
         insert(self.db, "rows", pa.Table.from_pylist(good, schema=ROWS))
         insert(self.db, "refused", pa.Table.from_pylist(bad, schema=REFUSED))

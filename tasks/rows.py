@@ -6,8 +6,7 @@ No files here: ``tasks/sources.py`` reads them and hands over row by row.
 import json
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tasks.config.prompts import Fields
 from tasks.forms import verifier_for
@@ -18,8 +17,7 @@ ROLES = {"system", "developer", "user", "assistant", "tool"}
 SHOWN_COLUMNS = 30
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A problem: the schema PROMPT without its id."""
 
     source: str
@@ -31,8 +29,7 @@ class Row:
     entry: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(NamedTuple):
     """A row that is no problem: the schema QUARANTINE."""
 
     source: str

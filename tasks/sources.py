@@ -183,7 +183,7 @@ def read_jsonl(source: JsonlSource, verifier: str, limit: int | None, scope: str
 
 
 def json_row(mapper: Mapper, number: int, line: bytes) -> Row | Refused:
-    raw = line.decode("utf-8-sig" if number == 0 else "utf-8", "replace")
+    raw = line.decode("utf-8-sig" if number == 0 else "utf-8", "replace").strip()
     if len(line) > LINE_BYTES:
         return refuse(mapper.name, number, "too_long", raw)
     try:
