@@ -93,7 +93,7 @@ def blockwise(
         table.keep_hidden = keep_teacher_hidden
         pace = pace or Pace()
         while table.seq:
-            table.block(*pace.choose(table.left(), block, drafter), pace)
+            table.block(*pace.choose(table.progress(), block, drafter), pace)
     return table.record.finish(table.written, table.models["student"].forwards, table.models["teacher"].forwards)
 
 
@@ -115,7 +115,7 @@ class _Table:
         self.limits = rules.limits_N.tolist()
         self.written = [0] * len(prompts)
         self.token = [int(prompt[-1]) for prompt in prompts]  # each sequence's last token
-        self.record = Record(rules.limits_N, torch.promote_types(student.dtype, torch.float32))
+        self.record = Record(rules.limits_N, rules.dtype)
         capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, self.limits, strict=True))
         self.models: dict[Role, RowModel] = {
             "student": RowModel(student, slots, capacity),
@@ -125,9 +125,9 @@ class _Table:
         self.seq = list(range(slots))
         self._prefill(list(range(slots)))
 
-    def left(self) -> list[int]:
-        """Tokens to go, by row."""
-        return [self.limits[s] - self.written[s] for s in self.seq]
+    def progress(self) -> list[tuple[int, int]]:
+        """(tokens written, tokens to go), by row."""
+        return [(self.written[s], self.limits[s] - self.written[s]) for s in self.seq]
 
     def block(self, width: int, drafter: Role, pace: Pace) -> None:
         """Draft, score and settle one block of all rows; then let finished rows leave."""
@@ -143,9 +143,15 @@ class _Table:
         pace.saw_forward(scorer, fed_BG.numel(), model.seconds)
         if scorer == "teacher":
             draft.hidden = list(self.head.input_BQD.unbind(1))
-        tally = self._settle(rows, draft, logits_BGV, drafter, scorer)
+        outcome_4B, ended_B = self._settle(rows, draft, logits_BGV, drafter, scorer)
+        settled, student_stood, teacher_stood, token = outcome_4B.tolist()
         overhead = time.perf_counter() - began - sum(seconds) - model.seconds
-        pace.saw_block(*tally, len(draft.tokens), overhead)
+        written = [self.written[s] for s in self.seq]
+        pace.saw_block(written, settled, student_stood, teacher_stood, len(draft.tokens), overhead)
+        for row, sequence in enumerate(self.seq):
+            self.written[sequence] += settled[row]
+            self.token[sequence] = token[row]
+        self._leave(ended_B.nonzero()[:, 0].tolist())
 
     def _rows(self) -> _Seated:
         start = [len(self.prompts[s]) + self.written[s] - 1 for s in self.seq]
@@ -162,7 +168,7 @@ class _Table:
             logits_BV = model.extend(token_B[:, None], start_B, rows.last, rows.longest + j)[:, 0]
             seconds.append(model.seconds)
             logprobs_BV = rules.logprobs(logits_BV)
-            noise_BV = rules.noise(drafter, rows.seq, t_B, logprobs_BV)
+            noise_BV = rules.noise(drafter, rows.seq, t_B, logprobs_BV.shape[1])
             token_B = rules.draw(drafter, logprobs_BV, noise_BV)
             draft.tokens.append(token_B)
             draft.logprobs.append(logprobs_BV)
@@ -176,19 +182,20 @@ class _Table:
 
     def _settle(
         self, rows: _Seated, draft: _Draft, logits_BGV: Tensor, drafter: Role, scorer: Role
-    ) -> tuple[int, int, int]:
+    ) -> tuple[Tensor, Tensor]:
         """Decide position by position until every row is cut or ended.
 
-        Counts the positions settled, and those where the student's and the teacher's draw stood.
+        Four integers for each row [4, B], the positions settled, those where the student's and the teacher's draw
+        stood, and the last token; and the rows [B] that ended.
         """
         rules, record = self.rules, self.record
         live_B = torch.ones_like(rows.seq, dtype=torch.bool)
-        ended_B, emitted_B, last_B = ~live_B, torch.zeros_like(rows.seq), rows.token
-        tally = torch.zeros(3, dtype=torch.int64, device=self.device)
+        ended_B, last_B = ~live_B, rows.token
+        counts_3B = torch.zeros(3, len(self.seq), dtype=torch.int64, device=self.device)
         for j, draft_B in enumerate(draft.tokens):
             t_B, scored_BV, noise_BV = rows.written + j, rules.logprobs(logits_BGV[:, j]), draft.noise[j]
             if rules.gate.own_teacher_noise:
-                noise_BV = rules.noise(scorer, rows.seq, t_B, scored_BV)
+                noise_BV = rules.noise(scorer, rows.seq, t_B, scored_BV.shape[1])
             logprobs = {drafter: draft.logprobs[j], scorer: scored_BV}
             draws = {drafter: draft_B, scorer: rules.draw(scorer, scored_BV, noise_BV)}
             token_B = rules.settle(
@@ -203,20 +210,14 @@ class _Table:
             record.keep_cut(rows.seq, t_B, token_B != draft_B)
             if self.keep_hidden:
                 record.keep_hidden(rows.seq, t_B, draft.hidden[j])
-            emitted_B += live_B
             last_B = torch.where(live_B, token_B, last_B)
+            stood = token_B == draws["student"], token_B == draws["teacher"]
+            counts_3B += live_B & torch.stack([live_B, *stood])
             ended_B |= live_B & rules.ends(token_B, rows.seq, t_B)
-            stood = (live_B, live_B & (token_B == draws["student"]), live_B & (token_B == draws["teacher"]))
-            tally += torch.stack([x.sum() for x in stood])
             live_B &= (token_B == draft_B) & ~ended_B
             if not live_B.any():
                 break
-        for sequence, emitted, token in zip(self.seq, emitted_B.tolist(), last_B.tolist(), strict=True):
-            self.written[sequence] += emitted
-            self.token[sequence] = token
-        self._leave(ended_B.nonzero()[:, 0].tolist())
-        positions, student_stood, teacher_stood = tally.tolist()
-        return positions, student_stood, teacher_stood
+        return torch.cat([counts_3B, last_B[None]]), ended_B
 
     def _leave(self, holes: list[int]) -> None:
         """Waiting sequences take the rows of finished ones; rows from the end close the gaps that remain."""

@@ -2,7 +2,8 @@
 
 Where the drafter's token stands with probability a, a block of γ positions emits (1 - a^γ) / (1 - a) tokens a row and
 costs γ forwards of one token by the drafter and one of γ tokens by the other model. Both are learned while decoding:
-a from the positions settled lately, a forward's seconds as a line in its number of tokens. γ = 1 is the per-token loop.
+a from the positions settled lately, apart by how far into the response they are, since SWITCH's threshold decays; a
+forward's seconds as a line in its number of tokens. γ = 1 is the per-token loop.
 """
 
 from collections import Counter
@@ -15,7 +16,9 @@ _BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 _FIRST = (4, 1, 4)  # the first blocks tell a forward's fixed cost from its cost per token
 _PROBE_EVERY = 64  # so one misleading measurement does not last
 _WORTHWHILE = 1.03  # rows drift apart in blocks, and the last one is waited for: a smaller gain is none
-_MEMORY = 200  # positions over which the acceptance is averaged
+_SPAN, _SPANS = 8, 16  # acceptance is kept for this many spans of this many positions; the last is open
+_MEMORY = 200  # settled positions over which the acceptance of a span is averaged
+_PRIOR = 10  # how many of them what is known of the span before counts for
 
 Cost = Callable[[int], float]
 
@@ -58,35 +61,49 @@ class Pace:
         self.lines: dict[Role, _Line] = {"student": _Line(), "teacher": _Line()}
         self.overhead = 0.0  # seconds a position beside the forwards
         self.blocks = 0
-        # Suppose a few positions seen already, or a lucky start would make a very long block.
-        self.seen, self.stood = 10.0, {"student": 9.0, "teacher": 9.0}
+        # By span: positions settled, and where the student's and the teacher's draw stood.
+        self.settled = [{"all": 0.0, "student": 0.0, "teacher": 0.0} for _ in range(_SPANS)]
 
-    def acceptance(self, role: Role) -> float:
-        """The recent share of positions where this model's draw was emitted."""
-        return self.stood[role] / self.seen
+    def acceptance(self, role: Role, position: int) -> float:
+        """The share of positions here where this model's draw is emitted; it starts from a hopeful 0.9."""
+        share = 0.9
+        for span in self.settled[: _span(position) + 1]:
+            share = (_PRIOR * share + span[role]) / (_PRIOR + span["all"])
+        return share
 
-    def choose(self, left: Sequence[int], block: int | None = None, drafter: Role | None = None) -> tuple[int, Role]:
-        """(γ, drafter) for rows with `left` tokens to go; either may be given."""
-        limit = min(max(left), self.longest if block is None else block)
+    def choose(
+        self, rows: Sequence[tuple[int, int]], block: int | None = None, drafter: Role | None = None
+    ) -> tuple[int, Role]:
+        """(γ, drafter) for rows, each with (tokens written, tokens to go); γ or drafter may be given."""
+        limit = min(max(left for _, left in rows), self.longest if block is None else block)
         if block is None and self.costs is None and self.blocks < len(_FIRST):
             return min(limit, _FIRST[self.blocks]), drafter or "student"
         blocks = [b for b in _BLOCKS if b <= limit] if block is None else [limit]
         roles: tuple[Role, ...] = ("student", "teacher") if drafter is None else (drafter,)
-        lefts = Counter(left)
-        best, role = max(((b, role) for role in roles for b in blocks), key=lambda plan: self.rate(lefts, *plan))
-        if block is None and self.rate(lefts, best, role) < _WORTHWHILE * self.rate(lefts, 1, roles[0]):
+        rates = {
+            (b, role): rate for role in roles for b, rate in zip(blocks, self.rates(rows, blocks, role), strict=True)
+        }
+        best, role = max(rates, key=lambda plan: rates[plan])
+        if block is None and rates[best, role] < _WORTHWHILE * rates[1, roles[0]]:
             best, role = 1, roles[0]
         if block is None and self.costs is None and self.blocks % _PROBE_EVERY == 0:
             best = min(limit, 2 * best)
         return best, role
 
-    def rate(self, left: Mapping[int, int], block: int, drafter: Role) -> float:
-        """Expected tokens per second; `left` counts rows by their tokens to go."""
-        a, rows = min(self.acceptance(drafter), 1 - 1e-6), sum(left.values())
-        tokens = sum(count * (1 - a ** min(block, most)) / (1 - a) for most, count in left.items())
+    def rates(self, rows: Sequence[tuple[int, int]], blocks: Sequence[int], drafter: Role) -> list[float]:
+        """Expected tokens per second of each length of block."""
         other: Role = "teacher" if drafter == "student" else "student"
-        seconds = block * (self.cost(drafter, rows) + self.overhead) + self.cost(other, rows * block)
-        return tokens / seconds
+        alike = Counter((_span(written), left) for written, left in rows)
+        share = {span: min(self.acceptance(drafter, span * _SPAN), 1 - 1e-6) for span, _ in alike}
+        rates = []
+        for block in blocks:
+            tokens = sum(
+                count * (1 - share[span] ** min(block, left)) / (1 - share[span])
+                for (span, left), count in alike.items()
+            )
+            drafting = block * (self.cost(drafter, len(rows)) + self.overhead)
+            rates.append(tokens / (drafting + self.cost(other, len(rows) * block)))
+        return rates
 
     def cost(self, role: Role, tokens: int) -> float:
         """Seconds of a forward."""
@@ -106,11 +123,25 @@ class Pace:
     def saw_forward(self, role: Role, tokens: int, seconds: float) -> None:
         self.lines[role].saw(tokens, seconds)
 
-    def saw_block(self, positions: int, student_stood: int, teacher_stood: int, width: int, overhead: float) -> None:
-        """`positions` were settled, this many with each model's draw; `overhead` seconds went beside the forwards."""
-        fade = max(0.0, 1 - positions / _MEMORY)
-        self.seen = fade * self.seen + positions
-        self.stood["student"] = fade * self.stood["student"] + student_stood
-        self.stood["teacher"] = fade * self.stood["teacher"] + teacher_stood
+    def saw_block(
+        self,
+        written: Sequence[int],
+        settled: Sequence[int],
+        student_stood: Sequence[int],
+        teacher_stood: Sequence[int],
+        width: int,
+        overhead: float,
+    ) -> None:
+        """What became of a block of `width`, by row: the tokens before it, the positions settled, and how many of them
+        have each model's draw; and the seconds that it took beside the forwards.
+        """
+        for row in zip(written, settled, student_stood, teacher_stood, strict=True):
+            span, fade = self.settled[_span(row[0])], max(0.0, 1 - row[1] / _MEMORY)
+            for name, count in zip(span, row[1:], strict=True):
+                span[name] = fade * span[name] + count
         self.overhead += (overhead / width - self.overhead) * (0.2 if self.blocks else 1.0)
         self.blocks += 1
+
+
+def _span(position: int) -> int:
+    return min(position // _SPAN, _SPANS - 1)

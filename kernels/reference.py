@@ -85,7 +85,7 @@ def reference(
         teacher_sampling,
         vocab_size,
     )
-    record = Record(rules.limits_N, torch.promote_types(student.dtype, torch.float32))
+    record = Record(rules.limits_N, rules.dtype)
     lengths = [0] * len(prompts)
 
     longest = max(map(len, prompts))
@@ -101,8 +101,8 @@ def reference(
         for t in range(record.longest):
             t_B = torch.full_like(seq_B, t)
             q_BV, p_BV = rules.logprobs(q.next(token_B)), rules.logprobs(p.next(token_B))
-            q_noise_BV = rules.noise("student", seq_B, t_B, q_BV)
-            p_noise_BV = rules.noise("teacher", seq_B, t_B, p_BV) if gate.own_teacher_noise else q_noise_BV
+            q_noise_BV = rules.noise("student", seq_B, t_B, q_BV.shape[1])
+            p_noise_BV = rules.noise("teacher", seq_B, t_B, p_BV.shape[1]) if gate.own_teacher_noise else q_noise_BV
             draft_B = rules.draw("student", q_BV, q_noise_BV)
             token_B = rules.settle(record, seq_B, t_B, p_BV, q_BV, rules.draw("teacher", p_BV, p_noise_BV), draft_B)
             record.keep_cut(seq_B, t_B, token_B != draft_B)

@@ -56,6 +56,7 @@ class Rules:
     student: Sampling
     teacher: Sampling
     vocab_size: int | None
+    dtype: torch.dtype  # of log-probabilities and noise: float32, or float64 if a model has it
 
     @classmethod
     def of(
@@ -93,18 +94,20 @@ class Rules:
             raise ValueError("max_new_tokens must be at least 1 for every row: leave out rows with nothing to write")
         limits_N = torch.tensor(limits, device=student.device)
         eos_E = torch.tensor(list(eos_ids), dtype=torch.int64, device=student.device)
-        return cls(gate, keys_N.to(student.device), limits_N, eos_E, student_sampling, teacher_sampling, vocab_size)
+        dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        keys_N = keys_N.to(student.device)
+        return cls(gate, keys_N, limits_N, eos_E, student_sampling, teacher_sampling, vocab_size, dtype)
 
     def logprobs(self, logits_BV: Tensor) -> Tensor:
-        """Log-probabilities [B, V] over the common vocabulary, float32 or better."""
+        """Log-probabilities [B, V] over the common vocabulary."""
         if self.vocab_size is not None:
             logits_BV = logits_BV[:, : self.vocab_size]
-        return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)).log_softmax(-1)
+        return logits_BV.to(self.dtype).log_softmax(-1)
 
-    def noise(self, role: Role, seq_B: Tensor, t_B: Tensor, like_BV: Tensor) -> Tensor:
+    def noise(self, role: Role, seq_B: Tensor, t_B: Tensor, vocab_size: int) -> Tensor:
         """Gumbel noise [B, V] of a model's draw: the same for both, unless the gate looks at the draw."""
         stream = noise.TEACHER if role == "teacher" and self.gate.own_teacher_noise else noise.SHARED
-        return noise.gumbel(self.keys_N[seq_B], t_B, like_BV.shape[-1], like_BV.dtype, stream)
+        return noise.gumbel(self.keys_N[seq_B], t_B, vocab_size, self.dtype, stream)
 
     def draw(self, role: Role, logprobs_BV: Tensor, noise_BV: Tensor) -> Tensor:
         """The model's draw [B]."""

@@ -217,39 +217,49 @@ def test_waiting_rows_join():
     assert got.stats.student.rows == sum(limits)
 
 
+def saw(pace: Pace, rows: int, block: int, student_stood: int, teacher_stood: int, written: int = 0) -> None:
+    pace.saw_block([written] * rows, [block] * rows, [student_stood] * rows, [teacher_stood] * rows, block, 0.0)
+
+
 def test_pace_choices():
-    line = {"student": lambda n: 0.2, "teacher": lambda n: 1.0}
-    pace = Pace(line)
-    for _ in range(30):
-        pace.saw_block(16, 16, 4, 4, 0.0)
-    longest, role = pace.choose([100] * 8)
-    assert role == "student"
-    assert longest >= 8
-    assert pace.choose([3] * 8)[0] <= 3  # never past the last row's end
-    blocks = []
-    for stood in (14, 10, 1):
+    pace = Pace({"student": lambda n: 0.2, "teacher": lambda n: 1.0})
+    plans = []
+    for stood in (40, 36, 30, 20, 1):
         for _ in range(30):
-            pace.saw_block(16, stood, 0, 4, 0.0)
-        blocks.append(pace.choose([100] * 8))
-    assert all(a[0] > b[0] for a, b in pairwise([(longest, role), *blocks]))
-    assert blocks[-1] == (1, "student")  # drafts that hardly stand: the per-token loop
-    assert pace.choose([100], block=7, drafter="teacher") == (7, "teacher")
+            saw(pace, 4, 40, stood, 4)
+        plans.append(pace.choose([(0, 100)] * 8))
+    assert all(a[0] > b[0] for a, b in pairwise(plans))
+    assert plans[0][0] >= 16
+    assert plans[-1] == (1, "student")  # drafts that hardly stand: the per-token loop
+    assert pace.choose([(0, 100)], block=7, drafter="teacher") == (7, "teacher")
+
+
+def test_pace_knows_how_far_the_rows_are():
+    pace = Pace({"student": lambda n: 0.2, "teacher": lambda n: 1.0})
+    for _ in range(30):
+        saw(pace, 4, 40, 40, 4, written=0)
+        saw(pace, 4, 40, 8, 40, written=64)
+    early, late = pace.choose([(3, 100)] * 8), pace.choose([(70, 100)] * 8)
+    assert early[1] == "student"
+    assert early[0] >= 16
+    assert late[1] == "teacher"  # the student's draws fall, the teacher's stand
+    assert pace.acceptance("student", 40) == pytest.approx(pace.acceptance("student", 0), abs=0.1)  # not seen yet
+    assert pace.choose([(3, 2)] * 8)[0] <= 2  # never past the last row's end
 
 
 def test_pace_learns_costs():
-    pace = Pace()
-    chosen = []
+    pace, chosen = Pace(), []
     for _ in range(40):
-        block, role = pace.choose([200] * 4)
+        block, role = pace.choose([(0, 200)] * 4)
         chosen.append(block)
         for _ in range(block):
             pace.saw_forward(role, 4, 0.04 + 0.001 * 4)
         pace.saw_forward("teacher" if role == "student" else "student", 4 * block, 0.1 + 0.002 * 4 * block)
-        pace.saw_block(4 * block, 4 * block - 1, 4 * block - 1, block, 0.0)
+        saw(pace, 4, 20, 19, 19)
     assert pace.lines["teacher"].fit == pytest.approx((0.1, 0.002), rel=1e-3)
     exact = Pace({"student": lambda n: 0.04 + 0.001 * n, "teacher": lambda n: 0.1 + 0.002 * n})
-    exact.seen, exact.stood = pace.seen, pace.stood
-    assert chosen[-1] == exact.choose([200] * 4)[0] > 4
+    exact.settled = pace.settled
+    assert chosen[-1] == exact.choose([(0, 200)] * 4)[0] > 4
 
 
 def test_other_architectures_and_unequal_widths():
