@@ -12,6 +12,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 from toys import EOS, commit_inputs, kept_rows, save_model, stage_of
 from transformers import AutoModelForCausalLM
@@ -136,10 +137,23 @@ def test_distributions_need_one_tokenizer_and_bfloat16_needs_a_gpu(store: LocalS
 def test_checkpoints_stand_beside_the_parts(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     system, place = storage(store, "stages/train/x")
     assert (system.type_name, place) == ("local", str(store.root / "stages/train/x"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1234")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
-    system, place = storage(S3Store("bucket", "prefix"), "stages/train/x")
-    assert (system.type_name, place) == ("s3", "bucket/prefix/stages/train/x")
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "us-east-1")
+    bucket = S3Store("bucket", "prefix")
+    bucket.client.create_bucket(Bucket="bucket")
+    bucket.write("stages/train/x/manifest.json", b"{}")
+    system, place = storage(bucket, "stages/train/x/checkpoints")
+    system.create_dir(f"{place}/step")
+    with system.open_output_stream(f"{place}/step/state.json") as file:
+        file.write(b"{}")
+    assert bucket.read("stages/train/x/checkpoints/step/state.json") == b"{}"
+    system.delete_dir(place)
+    files = [path for path in bucket.list("stages/train/x") if not path.endswith("/")]
+    server.stop()
+    assert files == ["stages/train/x/manifest.json"]
 
 
 @pytest.mark.long
