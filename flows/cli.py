@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -19,6 +19,9 @@ from rich.console import Console
 from flows.local import Local, running_local
 from infra.store import open_store
 from tasks.config import RunConfig, load_config
+
+if TYPE_CHECKING:
+    from flows.record import RunRecord
 
 app = typer.Typer(
     help="Distil a large language model into a small one.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -108,13 +111,18 @@ def run(
         with console.status("starting Prefect's server"):
             ready()
         from flows.distill import distill
+        from flows.record import outcome
 
         up = running_local()
         if up and not settings.resources.ray_address:
             resources = settings.resources.model_copy(update={"ray_address": up.ray_address})
             settings = settings.model_copy(update={"resources": resources})
         with terminal():
-            result = finish(distill(settings, root, from_, return_state=True), settings, root)
+            state = distill(settings, root, from_, return_state=True)
+        record = ended(state, settings, root)
+    if record.refused:
+        raise UserError([record.message])
+    result = outcome(record, open_store(root))
     show_result(result)
     if json_:
         print(json.dumps(result), flush=True)
@@ -122,17 +130,15 @@ def run(
         raise typer.Exit(1)
 
 
-def finish(state: Any, settings: RunConfig, root: str) -> dict[str, Any]:
-    """The result of a flow run that ended, well or not."""
-    from flows.record import load_record, outcome, run_id
+def ended(state: Any, settings: RunConfig, root: str) -> "RunRecord":
+    """The record of a flow run that ended, well or not."""
+    from flows.record import load_record, run_id
 
-    store = open_store(root)
-    record = load_record(store, run_id(settings))
-    if record is None:
+    record = load_record(open_store(root), run_id(settings))
+    if record is None or (record.state == "Completed" and not state.is_completed()):
+        # It ended before its first stage, or after its last one.
         raise RuntimeError(state.message)
-    if not state.is_completed() and record.state == "Completed":
-        record = record.model_copy(update={"state": state.name, "message": state.message or ""})
-    return outcome(record, store)
+    return record
 
 
 def show_result(result: dict[str, Any]) -> None:

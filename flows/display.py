@@ -13,6 +13,10 @@ from infra.manifest import Manifest
 FACTS = ("now", "loss", "tokens_per_second", "intervention_rate")
 
 
+def shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 class Display:
     """Silent: a run by a worker has Prefect's UI instead."""
 
@@ -48,7 +52,7 @@ class TerminalDisplay(Display):
     def progress(self, stage: str, event: dict[str, Any]) -> None:
         if self._task is not None:
             known = {name: event[name] for name in FACTS if event.get(name) is not None}
-            facts = "  ".join(f"{name.replace('_', ' ')} {value}" for name, value in known.items())
+            facts = "  ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in known.items())
             self.live.update(
                 self._task,
                 total=event["total"],

@@ -9,9 +9,9 @@ result, and does the work only where that result is not there yet.
 from typing import Any
 
 from prefect import flow
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Failed
 
-from flows.runner import Runner, StageCancelled
+from flows.runner import Runner, StageCancelled, StageFailed
 from flows.story import Pipeline
 from tasks.config import RunConfig
 from tasks.models import ROLES, identity
@@ -163,7 +163,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         {
             "name": config.name,
             "seed": config.seed,
-            "config": plain,
+            "config": config.model_dump(mode="json", exclude={"resources", "engines", "device"}),
             "evaluate": plain["evaluate"],
             "promote": plain["promote"],
             "budget": plain["budget"],
@@ -186,9 +186,11 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
 @flow(name="distill", flow_run_name="{config.name}", log_prints=False)
 def distill(config: RunConfig, root: str = "runs/default", redo_from: str | None = None) -> Any:
     """Distil the teacher into the student: prompts in, a promoted student and its report out."""
-    with Runner.open(config, root, redo_from) as runner:
-        try:
+    try:
+        with Runner.open(config, root, redo_from) as runner:
             story(runner, identities(config))
-        except StageCancelled as cancelled:
-            return Cancelled(message=str(cancelled))
-        return runner.outcome()
+            return runner.outcome()
+    except StageCancelled as cancelled:
+        return Cancelled(message=str(cancelled))
+    except StageFailed as failed:
+        return Failed(message=str(failed))

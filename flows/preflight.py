@@ -4,6 +4,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,14 @@ def problem(where: str, check: Callable[[], Any]) -> list[str]:
 
 def readable(config: RunConfig, root: str) -> list[str]:
     """Store, models and sources are there."""
-    found = problem("--root", lambda: writable(root))
+    found = problem("--root", partial(writable, root))
     for role in ROLES:
-        found += problem(f"models.{role}", lambda role=role: identity(getattr(config.models, role)))
+        found += problem(f"models.{role}", partial(identity, getattr(config.models, role)))
     for kind in ("sources", "heldout_sources"):
         for number, source in enumerate(getattr(config.prompts, kind)):
-            found += problem(f"prompts.{kind}.{number}", lambda source=source: check_source(source))
-    found += problem(
-        "prompts.verifier", lambda: config.prompts.verifier == "auto" or check_verifier(config.prompts.verifier)
-    )
+            found += problem(f"prompts.{kind}.{number}", partial(check_source, source))
+    if config.prompts.verifier != "auto":
+        found += problem("prompts.verifier", partial(check_verifier, config.prompts.verifier))
     return list(dict.fromkeys(found))
 
 

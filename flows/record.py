@@ -31,6 +31,7 @@ class RunRecord(BaseModel):
     config: dict[str, Any]
     state: str = "Running"
     message: str = ""
+    refused: bool = False  # a stage found a user's mistake
     redo: dict[str, int] = Field(default_factory=dict)
     stages: list[StageRecord] = Field(default_factory=list)
     started: datetime = Field(default_factory=lambda: datetime.now(UTC))

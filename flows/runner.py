@@ -18,13 +18,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.states import Cancelled, Completed, Failed
 
 from flows.artifacts import StageProgress, publish
 from flows.display import display
 from flows.record import RunRecord, StageRecord, load_record, outcome, run_id
 from flows.story import Pipeline
 from infra.cluster import FINAL, QUIET, Cluster, Job, submit
-from infra.manifest import Manifest, load_manifest
+from infra.manifest import load_manifest
 from infra.store import open_store
 from tasks.config import RunConfig
 from tasks.stage import MARK, StageSpec
@@ -39,8 +40,12 @@ class StageCancelled(Exception):
     """The flow run was cancelled while a stage ran."""
 
 
-class StageFailed(RuntimeError):
+class StageFailed(Exception):
     """A stage ended without a manifest. The message is its cause in one line."""
+
+
+class StageRefused(StageFailed):
+    """A stage said why it cannot go on: a user's mistake that no second attempt mends."""
 
 
 class Runner(Pipeline):
@@ -52,7 +57,7 @@ class Runner(Pipeline):
         self.cluster = Cluster(config.resources.ray_address)
         self.room: Job | None = None
         self.began = time.monotonic()
-        self._rooms = 0
+        self._ended: Exception | None = None
         self._closed = threading.Event()
 
     @classmethod
@@ -76,6 +81,7 @@ class Runner(Pipeline):
         cancelled = isinstance(error, StageCancelled | KeyboardInterrupt | SystemExit)
         self.record.state = "Completed" if error is None else "Cancelled" if cancelled else "Failed"
         self.record.message = "" if error is None else " ".join(str(error).split())[:1000]
+        self.record.refused = isinstance(error, StageRefused)
         self.record.seconds = time.monotonic() - self.began
         self.record.save(self.store)
         try:
@@ -92,15 +98,31 @@ class Runner(Pipeline):
 
     def perform(self, spec: StageSpec) -> str:
         """One stage as a Prefect task, in the flow's own thread."""
-        run = Task(
-            fn=self._stage, name=spec.stage, task_run_name=spec.stage, cache_policy=NO_CACHE, persist_result=False
-        )
-        manifest = run(spec)
+        name = spec.stage
+        run = Task(fn=self._task, name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
+        self._ended = None
+        run(spec, return_state=True)
+        if self._ended:
+            raise self._ended
         entry = self.record.stages[-1]
-        display().finished(spec.stage, manifest, reused=entry.reused, seconds=entry.seconds)
+        manifest = load_manifest(self.store, spec.manifest_path)
+        display().finished(name, manifest, reused=entry.reused, seconds=entry.seconds)
         return spec.manifest_path
 
-    def _stage(self, spec: StageSpec) -> Manifest:
+    def _task(self, spec: StageSpec) -> Any:
+        """The task: an expected end is a state with its cause in one line, not a trace."""
+        try:
+            self._stage(spec)
+        except StageFailed as failed:
+            self._ended = failed
+            return Failed(message=str(failed))
+        except StageCancelled as cancelled:
+            self._ended = cancelled
+            return Cancelled(message=str(cancelled))
+        return Completed(message="reused" if self.record.stages[-1].reused else None)
+
+    def _stage(self, spec: StageSpec) -> None:
+        """See that the stage's manifest stands."""
         entry = StageRecord(name=spec.stage, fingerprint=spec.fingerprint, manifest=spec.manifest_path)
         self.record.stages.append(entry)
         began = time.monotonic()
@@ -112,7 +134,6 @@ class Runner(Pipeline):
                 get_run_logger().warning("%s ended without a result; attempt %d", spec.stage, entry.attempts + 1)
         entry.seconds = time.monotonic() - began
         self.record.save(self.store)
-        return load_manifest(self.store, spec.manifest_path)
 
     def _attempt(self, spec: StageSpec, entry: StageRecord) -> bool:
         """Run the stage's job once. True: its manifest stands. False: it died and may be tried again."""
@@ -132,7 +153,7 @@ class Runner(Pipeline):
         if self.store.exists(spec.manifest_path):
             return True
         if watch.error:
-            raise StageFailed(f"{spec.stage}: {watch.error}")
+            raise StageRefused(f"{spec.stage}: {watch.error}")
         if entry.attempts > self.config.resources.stage_retries:
             raise StageFailed(f"{spec.stage}: its job ended {job.status} {entry.attempts} times; {watch.last_line}")
         return False
@@ -176,7 +197,6 @@ class Runner(Pipeline):
         """See that the run's engine room is open; a room that ended is replaced under a new id."""
         if self.room and self.room.status not in FINAL:
             return
-        self._rooms += 1
         self._write_lease(0)
         arguments = ("-m", "infra.engine_room", "--namespace", f"switchyard-{self.run}")
         place = ("--root", self.store.uri, "--lease", self._lease_path)

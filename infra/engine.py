@@ -145,14 +145,14 @@ class Engine:
                 )
         outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
         completions = [output.outputs[0] for output in outputs]
-        token_ids = [list(completion.token_ids) for completion in completions]
+        written = [list(completion.token_ids) for completion in completions]
         return pa.table(
             {
                 "conversation": pa.array([number for number, _ in index], pa.int32()),
                 "seed": pa.array([seed for _, seed in index], pa.int64()),
                 "prompt_token_ids": pa.array([p["prompt_token_ids"] for p in prompts], pa.list_(pa.int32())),
-                "token_ids": pa.array(token_ids, pa.list_(pa.int32())),
-                "text": pa.array(self.tokenizer.batch_decode(token_ids, skip_special_tokens=True), pa.string()),
+                "token_ids": pa.array(written, pa.list_(pa.int32())),
+                "text": pa.array(self.tokenizer.batch_decode(written, skip_special_tokens=True), pa.string()),
                 "finish_reason": pa.array([completion.finish_reason for completion in completions], pa.string()),
                 "logprob": pa.array([c.cumulative_logprob if logprobs else None for c in completions], pa.float32()),
             }
@@ -214,11 +214,11 @@ class Engine:
         )
         prompts, starts = [], []
         for conversation, text in zip(conversations, texts, strict=True):
-            start = self._tokens(conversation, template_args or {})
+            asked = self._tokens(conversation, template_args or {})
             response = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
             # One place is left for the token that vLLM insists on generating.
-            prompts.append({"prompt_token_ids": [*start, *response][: self.spec.max_model_len - 1]})
-            starts.append(len(start))
+            prompts.append({"prompt_token_ids": [*asked, *response][: self.spec.max_model_len - 1]})
+            starts.append(len(asked))
         means, counts = [], []
         for output, prompt, start in zip(
             self.llm.generate(prompts, parameters, use_tqdm=False), prompts, starts, strict=True

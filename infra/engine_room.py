@@ -35,10 +35,12 @@ class Room:
             self.engines[parsed.key] = [start(parsed, name) for name in names]
         return names
 
-    def release(self, key: str) -> None:
-        """End the engines of a spec, so that training or another model has their memory."""
-        for actor in self.engines.pop(key, ()):
-            ray.kill(actor)
+    def release(self) -> None:
+        """End all engines, so that training has their memory; the next ``acquire`` loads them again."""
+        for actors in self.engines.values():
+            for actor in actors:
+                ray.kill(actor)
+        self.engines.clear()
 
 
 def start(spec: EngineSpec, name: str) -> Any:

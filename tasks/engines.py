@@ -1,9 +1,11 @@
 """A stage's access to engines: the run's engine room where there is one, its own engines where it runs alone."""
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -23,6 +25,19 @@ ROOM_SECONDS = 300.0
 SHARD_TRIES = 3
 
 
+@dataclass(frozen=True)
+class Call:
+    """One method call of an engine; the same call can be made again on another."""
+
+    method: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def on(self, engine: Any) -> Any:
+        """Ray's reference of the result."""
+        return getattr(engine, self.method).remote(*self.arguments, **self.options)
+
+
 class EnginePool:
     """The replicas of one engine."""
 
@@ -35,8 +50,8 @@ class EnginePool:
         self.names = ray.get(self.access.room().acquire.remote(self.spec.model_dump()))
         return [ray.get_actor(name) for name in self.names]
 
-    def map(self, calls: Iterable[tuple[Key, Callable[[Any], Any]]]) -> Iterator[tuple[Key, Any]]:
-        """Results by key, as they come. A call takes an engine and returns Ray's reference of one method call.
+    def map(self, calls: Iterable[tuple[Key, Call]]) -> Iterator[tuple[Key, Any]]:
+        """Results by key, as they come.
 
         A call whose engine died is made again; one whose engine raised costs that engine its life first, since a
         raised error leaves an engine in a state nobody has checked.
@@ -44,8 +59,8 @@ class EnginePool:
         source = iter(calls)
         actors = self.actors()
         idle = deque(actor for _ in range(IN_FLIGHT) for actor in actors)
-        running: dict[Any, tuple[Key, Callable[[Any], Any], Any, int]] = {}
-        again: deque[tuple[Key, Callable[[Any], Any], int]] = deque()
+        running: dict[Any, tuple[Key, Call, Any, int]] = {}
+        again: deque[tuple[Key, Call, int]] = deque()
         while True:
             while idle:
                 if again:
@@ -56,7 +71,7 @@ class EnginePool:
                         break
                     (key, call), tries = following, 1
                 actor = idle.popleft()
-                running[call(actor)] = (key, call, actor, tries)
+                running[call.on(actor)] = (key, call, actor, tries)
             if not running:
                 return
             (reference, *_), _ = ray.wait(list(running), num_returns=1)
@@ -113,6 +128,15 @@ class EngineAccess:
         return EnginePool(self, EngineSpec(model=model, root=self.stage.spec.root, **settings))
 
 
+def release_engines(namespace: str) -> None:
+    """End the engines of the run's room, if it has one, for a stage that needs their memory."""
+    try:
+        room = ray.get_actor(ROOM, namespace=namespace)
+    except ValueError:
+        return
+    ray.get(room.release.remote())
+
+
 @contextmanager
 def engines(stage: Stage[Any]) -> Iterator[EngineAccess]:
     """Engines for the time of one stage."""
@@ -122,7 +146,7 @@ def engines(stage: Stage[Any]) -> Iterator[EngineAccess]:
         namespace=stage.spec.runtime.namespace,
         log_to_driver=alone,
         include_dashboard=False if alone else None,
-        logging_level="WARNING",
+        logging_level=logging.WARNING,
     )
     try:
         yield EngineAccess(stage)

@@ -3,7 +3,7 @@
 python -m tasks.evaluate --spec SPEC.json
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +15,7 @@ from infra.models import ModelRef
 from tasks import schemas
 from tasks.config.base import Config
 from tasks.config.evaluate import EvaluateConfig
-from tasks.engines import EngineAccess, engines, model_of
+from tasks.engines import Call, EngineAccess, engines, model_of
 from tasks.sample import sample_seed, slices
 from tasks.stage import Stage, main
 from tasks.verify import final_answer, is_correct, rouge_l
@@ -52,7 +52,7 @@ class EvaluateSettings(Config):
 
 
 # A shard of work: its table, shard number, prompts, and the engine call that does it.
-Work = tuple[tuple[str, int, list[dict[str, Any]]], Callable[[Any], Any]]
+Work = tuple[tuple[str, int, list[dict[str, Any]]], Call]
 
 
 class Evaluation:
@@ -79,55 +79,40 @@ class Evaluation:
     def number(self, entry: Entry, shard: int) -> int:
         return self.settings.entries.index(entry) * len(self.shards) + shard
 
+    def generate(
+        self, model: dict[str, Any], prompts: list[dict[str, Any]], seeds: list[list[int]], temperature: float
+    ) -> Call:
+        options = {"temperature": temperature, "top_p": 1.0, "max_tokens": self.settings.evaluate.max_tokens}
+        conversations = [prompt["messages"] for prompt in prompts]
+        template_args = {"template_args": self.settings.template_args}
+        return Call("generate", (model, conversations, seeds), {**options, **template_args})
+
     def reference_calls(self) -> Iterator[Work]:
         """The teacher's greedy answers."""
         teacher = model_of(self.stage, "models", "teacher").model_dump()
-        options: dict[str, Any] = {
-            "temperature": 0.0,
-            "top_p": 1.0,
-            "max_tokens": self.settings.evaluate.max_tokens,
-            "template_args": self.settings.template_args,
-        }
         for shard, prompts in self.shards:
             if shard not in self.done["references"]:
-                conversations = [prompt["messages"] for prompt in prompts]
-                yield (
-                    ("references", shard, prompts),
-                    lambda engine, c=conversations: engine.generate.remote(teacher, c, [[0]] * len(c), **options),
-                )
+                yield ("references", shard, prompts), self.generate(teacher, prompts, [[0]] * len(prompts), 0.0)
 
     def entry_calls(self, entry: Entry) -> Iterator[Work]:
         """Sampled answers, then the likelihood of references, of one model."""
         evaluate, model = self.settings.evaluate, self.model(entry).model_dump()
-        options: dict[str, Any] = {
-            "temperature": evaluate.temperature,
-            "top_p": 1.0,
-            "max_tokens": evaluate.max_tokens,
-            "template_args": self.settings.template_args,
-        }
         for shard, prompts in self.shards:
             number = self.number(entry, shard)
-            conversations = [prompt["messages"] for prompt in prompts]
             if number not in self.done["evaluations"]:
                 # The same seeds for every model: differences are paired.
                 seeds = [
                     [sample_seed(self.settings.seed, "evaluate", prompt["prompt_id"], seed) for seed in evaluate.seeds]
                     for prompt in prompts
                 ]
-                yield (
-                    ("evaluations", number, prompts),
-                    lambda engine, c=conversations, s=seeds: engine.generate.remote(model, c, s, **options),
-                )
-            referenced = [prompt for prompt in prompts if self.reference(prompt)]
+                call = self.generate(model, prompts, seeds, evaluate.temperature)
+                yield ("evaluations", number, prompts), call
             if number not in self.done["losses"]:
+                referenced = [prompt for prompt in prompts if self.reference(prompt)]
                 texts = [self.reference(prompt) for prompt in referenced]
                 asked = [prompt["messages"] for prompt in referenced]
-                yield (
-                    ("losses", number, referenced),
-                    lambda engine, c=asked, t=texts: engine.mean_logprob.remote(
-                        model, c, t, template_args=self.settings.template_args
-                    ),
-                )
+                call = Call("mean_logprob", (model, asked, texts), {"template_args": self.settings.template_args})
+                yield ("losses", number, referenced), call
 
     def reference(self, prompt: dict[str, Any]) -> str | None:
         if self.settings.evaluate.reference == "teacher":

@@ -17,7 +17,7 @@ from infra.manifest import read_part
 from tasks import schemas
 from tasks.config.base import Config
 from tasks.config.signals import Confidence, Keep, PTrue
-from tasks.engines import engines, model_of
+from tasks.engines import Call, engines, model_of
 from tasks.sample import slices
 from tasks.score import as_confidence, confidence_call
 from tasks.stage import Stage, main
@@ -57,7 +57,7 @@ def score(stage: Stage[KeepSettings]) -> None:
     shards = stage.input("samples").tables["samples"].parts
     assistant = model_of(stage, "models", "assistant")
 
-    def calls() -> Iterator[tuple[tuple[int, pa.Table], Any]]:
+    def calls() -> Iterator[tuple[tuple[int, pa.Table], Call]]:
         for shard, prompts, samples in pairs(stage):
             if shard not in done:
                 conversations = [prompt["messages"] for prompt in prompts]

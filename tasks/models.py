@@ -118,7 +118,7 @@ def display_name(source: ModelSource) -> str:
 
 @lru_cache(maxsize=1)
 def load_gguf(source: GgufModel) -> tuple[Any, Any]:
-    """Model (float32) and tokenizer of a GGUF file, rid of every trace of the quantisation, so that it saves plainly."""
+    """Model (float32) and tokenizer of a GGUF file, rid of every trace of the quantisation: it saves plainly."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -219,9 +219,10 @@ def describe_folder(stage: Stage[ModelsSettings], source: HuggingFaceModel) -> M
     """A model that stays where it is."""
     is_folder = Path(source.id).is_dir()
     revision = identity(source)
-    at = {"id": str(Path(source.id).absolute())} if is_folder else {"id": source.id, "hub_revision": revision}
-    ref = ModelRef(name=source.id, revision=revision, **at)
-    return describe(local_folder(stage.store, ref), name=source.id, revision=revision, **at)
+    place = str(Path(source.id).absolute()) if is_folder else source.id
+    ref = ModelRef(name=source.id, revision=revision, id=place, hub_revision=None if is_folder else revision)
+    known = ref.model_dump(include={"name", "revision", "id", "hub_revision"})
+    return describe(local_folder(stage.store, ref), **known)
 
 
 def run(stage: Stage[ModelsSettings]) -> None:

@@ -17,7 +17,7 @@ from infra.models import ModelRef
 from tasks import schemas
 from tasks.config.base import Config
 from tasks.config.signals import Sampling
-from tasks.engines import engines, model_of
+from tasks.engines import Call, engines, model_of
 from tasks.stage import Stage, main
 
 
@@ -96,7 +96,7 @@ def run(stage: Stage[SampleSettings]) -> None:
     prompts_done = sum(part.rows for part in done.values()) // sampling.samples
     tokens, began = 0, time.monotonic()
 
-    def calls() -> Iterator[tuple[tuple[int, list[str]], Any]]:
+    def calls() -> Iterator[tuple[tuple[int, list[str]], Call]]:
         for shard, prompts in slices(stage, "prompts", settings.table, settings.shard_size):
             if shard in done:
                 continue
@@ -111,7 +111,7 @@ def run(stage: Stage[SampleSettings]) -> None:
                 "logprobs": settings.logprobs,
                 "template_args": settings.template_args,
             }
-            yield (shard, prompt_ids), lambda engine, a=arguments, o=options: engine.generate.remote(*a, **o)
+            yield (shard, prompt_ids), Call("generate", arguments, options)
 
     stage.progress(prompts_done, total, "prompts")
     if prompts_done < total:

@@ -1,11 +1,11 @@
 """The TA's confidence that an answer to a prompt is right, between 0 and 1."""
 
-from collections.abc import Callable
 from math import exp
 from typing import Any
 
 from infra.models import ModelRef
 from tasks.config.signals import Confidence, PTrue
+from tasks.engines import Call
 
 # What of a conversation the TA is shown. A system prompt instructs the answering model; it is not the question.
 QUESTION_ROLES = ("user", "assistant", "tool")
@@ -32,7 +32,7 @@ def confidence_call(
     conversations: list[list[dict[str, str]]],
     texts: list[str],
     template_args: dict[str, Any],
-) -> Callable[[Any], Any]:
+) -> Call:
     """One engine call that scores a shard of answers, aligned with their conversations. ``as_confidence`` reads its
     result."""
     if isinstance(confidence, PTrue):
@@ -40,17 +40,9 @@ def confidence_call(
             filled(confidence.template, question(conversation), text)
             for conversation, text in zip(conversations, texts, strict=True)
         ]
-        return lambda engine: engine.choice.remote(
-            model.model_dump(),
-            questions,
-            prefill=confidence.prefill,
-            first=confidence.true,
-            second=confidence.false,
-            template_args=template_args,
-        )
-    return lambda engine: engine.mean_logprob.remote(
-        model.model_dump(), conversations, texts, template_args=template_args
-    )
+        options = {"prefill": confidence.prefill, "first": confidence.true, "second": confidence.false}
+        return Call("choice", (model.model_dump(), questions), {**options, "template_args": template_args})
+    return Call("mean_logprob", (model.model_dump(), conversations, texts), {"template_args": template_args})
 
 
 def as_confidence(confidence: Confidence, result: Any) -> list[float]:

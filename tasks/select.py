@@ -20,7 +20,7 @@ from kernels.consistency import Consistency, consistency, rank_average
 from tasks import schemas
 from tasks.config.base import Config
 from tasks.config.signals import Confidence, PTrue, Select
-from tasks.engines import engines, model_of
+from tasks.engines import Call, engines, model_of
 from tasks.sample import slices
 from tasks.score import as_confidence, confidence_call
 from tasks.stage import Stage, main
@@ -110,7 +110,7 @@ def score(stage: Stage[SelectSettings]) -> None:
     total = sampled.tables["samples"].rows // samples
     assistant = model_of(stage, "models", "assistant")
 
-    def calls() -> Iterator[tuple[Observed, Any]]:
+    def calls() -> Iterator[tuple[Observed, Call]]:
         for observed in observe(stage):
             shard, prompts, _, texts = observed
             if shard not in done:

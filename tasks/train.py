@@ -79,7 +79,12 @@ def plan_of(stage: Stage[TrainSettings]) -> Plan:
 def run(stage: Stage[TrainSettings]) -> None:
     """Train, then commit tables ``steps`` and ``positions``, files ``student``, facts and the student's reference."""
     plan = plan_of(stage)
-    with connected(stage.spec.runtime):
+    runtime = stage.spec.runtime
+    with connected(runtime):
+        if runtime.release_engines and runtime.namespace:
+            from tasks.engines import release_engines
+
+            release_engines(runtime.namespace)
         checkpoint = fit(stage, plan)
     with checkpoint.as_directory() as folder:
         commit(stage, plan, Path(folder))

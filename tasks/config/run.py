@@ -78,8 +78,8 @@ class RunConfig(Config):
     def _parts_fit(self) -> "RunConfig":
         if not 1 <= self.budget.warmup_queries < self.budget.queries:
             raise ValueError(
-                f"budget.warmup_share {self.budget.warmup_share} of {self.budget.queries} queries leaves a stage without"
-                " any: raise budget.queries"
+                f"budget.warmup_share {self.budget.warmup_share} of {self.budget.queries} queries leaves a stage none:"
+                " raise budget.queries"
             )
         for role, sampling in (("teacher", self.sampling.teacher), ("student", self.sampling.student)):
             engine: Any = getattr(self.engines, role)
