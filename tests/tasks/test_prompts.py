@@ -1,6 +1,5 @@
 import json
 import random
-import subprocess
 import sys
 from collections import Counter
 
@@ -14,7 +13,7 @@ from infra.store import open_store
 from tasks import dedupe, prompts, schemas
 from tasks.dedupe import band_width, content_hash, jaccard, shingles
 from tasks.prompts import PromptsSettings
-from tasks.stage import Stage, StageSpec
+from tasks.stage import Stage, StageSpec, main
 from tasks.verify import is_correct
 
 TEMPLATE = (
@@ -292,10 +291,10 @@ def test_reasoning_gym(runs):
     assert not any(is_correct(row["verifier"], "It is 31337.", row["answer"], row["entry"]) for row in rows)
 
 
-def test_from_the_shell(runs, tmp_path):
+def test_entry_point(runs, tmp_path, monkeypatch, capsys):
     spec = runs.spec(runs.file("a.jsonl", problems(10)))
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
-    command = [sys.executable, "-m", "tasks.prompts", "--spec", str(tmp_path / "spec.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("manifest.json")
+    monkeypatch.setattr(sys, "argv", ["tasks.prompts", "--spec", str(tmp_path / "spec.json")])
+    main(PromptsSettings, prompts.run)
+    assert capsys.readouterr().out.strip().endswith("manifest.json")
     assert load_manifest(open_store(spec.root), spec.manifest_path).tables["prompts"].rows == 7
