@@ -145,11 +145,13 @@ class Runner(Pipeline):
         watch = StageWatch(spec.stage)
         try:
             self._watch(job, watch)
-        finally:
-            # Also on Ctrl-C and cancel: the job must not outlive its flow.
-            with suppress(ConnectionError, RuntimeError):
-                job.stop()
-            watch.close()
+        except BaseException:
+            # On Ctrl-C and cancel the job must not outlive its flow. A head of our own ends with everything on it.
+            if not self.cluster.own:
+                with suppress(ConnectionError, RuntimeError):
+                    job.stop()
+            raise
+        watch.close()
         if self.store.exists(spec.manifest_path):
             return True
         if watch.error:
