@@ -12,7 +12,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows.record import RunRecord
+from flows.record import RunRecord, place
 from infra.store import Store
 
 UPDATE_SECONDS = 2.0
@@ -86,7 +86,7 @@ def publish(record: RunRecord, store: Store) -> None:
     create_table_artifact(
         table=metric_rows(facts["metrics"]), key="metrics", description="Held-out metrics with intervals"
     )
-    report, student = store.location(facts["report"]), store.location(facts["student"])
+    report, student = store.location(facts["report"]), place(store, facts["student"])
     link = report if "://" in report else f"file://{report}"
     create_link_artifact(link=link, link_text="Report", key="report", description="The run's report")
     create_markdown_artifact(

@@ -55,6 +55,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "identities": found["sources"],
             "seed": config.seed,
             "warmup": budget.warmup_queries,
+            "queries": budget.queries,
             "candidates": signals.candidates,
             "chat_template_args": template_args,
         },

@@ -16,6 +16,7 @@ from flows.story import on_gpu
 from infra.store import open_store
 from tasks.config import RunConfig
 from tasks.config.models import GgufModel, HuggingFaceModel, ModelSource, PrunedModel
+from tasks.config.prompts import ReasoningGymSource
 from tasks.config.train import Switch
 from tasks.models import ROLES, identity
 from tasks.sources import check as check_source
@@ -60,7 +61,28 @@ def writable(root: str) -> None:
 
 def preflight(config: RunConfig, root: str, needs: Estimate) -> list[str]:
     """Combinations, capacities and the models' own limits."""
-    return [*places(config, root), *capacity(config, root, needs), *lengths(config), *distributions(config)]
+    return [
+        *places(config, root),
+        *enough(config),
+        *capacity(config, root, needs),
+        *lengths(config),
+        *distributions(config),
+    ]
+
+
+def enough(config: RunConfig) -> list[str]:
+    """Generated problems are as many as the settings say; files are counted by the prompts stage."""
+    sources = config.prompts.sources
+    generated = [task.size for source in sources if isinstance(source, ReasoningGymSource) for task in source.tasks]
+    aside = 0 if config.prompts.heldout_sources else config.prompts.heldout
+    if all(isinstance(source, ReasoningGymSource) for source in sources):
+        left = sum(generated) - aside
+        if config.budget.queries > left:
+            return [
+                f"budget.queries: {config.budget.queries} queries need as many prompts, prompts.sources give {left} beside "
+                "the held-out ones: lower it, or raise the sizes"
+            ]
+    return []
 
 
 def places(config: RunConfig, root: str) -> list[str]:

@@ -1,6 +1,5 @@
 """A run's record in the store: its settings, its stages, how it stands. ``runs/<run>/run.json``."""
 
-import json
 from datetime import UTC, datetime
 from typing import Any
 
@@ -81,6 +80,11 @@ def find_record(store: Store, run: str) -> RunRecord:
     return record
 
 
+def place(store: Store, path: str | None) -> str | None:
+    """What a person opens, where there is something."""
+    return store.location(path) if path else None
+
+
 def outcome(record: RunRecord, store: Store) -> dict[str, Any]:
     """The facts of a run for programs: what ``switchyard run --json`` prints."""
     manifests = record.manifests(store)
@@ -92,8 +96,8 @@ def outcome(record: RunRecord, store: Store) -> dict[str, Any]:
         "run": record.run,
         "state": record.state,
         "message": record.message,
-        "report": store.location(facts["report"]) if facts else None,
-        "student": store.location(facts["student"]) if facts else None,
+        "report": place(store, facts.get("report")),
+        "student": place(store, facts.get("student")),
         "promoted": facts.get("promoted"),
         "metrics": facts.get("metrics"),
         "seconds": round(record.seconds, 1),
@@ -108,7 +112,3 @@ def outcome(record: RunRecord, store: Store) -> dict[str, Any]:
             for stage in record.stages
         ],
     }
-
-
-def dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=True)

@@ -52,6 +52,8 @@ class PromptsSettings(Config):
     """Seed of the draws."""
     warmup: int = Field(ge=1)
     """Prompts drawn for the warm-up: its share of budget.queries."""
+    queries: int = Field(default=1, ge=1)
+    """Teacher queries in all: there must be as many prompts."""
     candidates: int | None = Field(default=None, ge=1)
     """Prompts drawn, of those that are not in the warm-up, for the student's samples: all where absent."""
     tokenizer_key: str = "teacher"
@@ -86,10 +88,11 @@ def draw(db: duckdb.DuckDBPyConnection, settings: PromptsSettings) -> None:
             f"prompts.heldout: {config.heldout:,} held-out prompts leave none of {learn:,} usable rows to learn from:"
             " lower it, or add data"
         )
-    if settings.warmup > left:
+    needed = max(settings.warmup, settings.queries)
+    if needed > left:
         raise ValueError(
-            f"budget.queries: its warm-up share asks for {settings.warmup:,} prompts, but {left:,} are there: lower"
-            " budget.queries or budget.warmup_share, or add data"
+            f"budget.queries: {needed:,} queries need as many prompts, but {left:,} are there: lower budget.queries to "
+            f"{left:,} at most, or add data"
         )
     db.execute(
         "CREATE TABLE parts AS SELECT n, 'heldout' AS part FROM usable WHERE heldout = ?"

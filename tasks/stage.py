@@ -182,5 +182,6 @@ def main(settings_type: type[Settings], run: Callable[[Stage[Settings]], None]) 
         # A user's mistake, or data that no second attempt would read differently. The trace is for the log.
         traceback.print_exc(file=sys.stdout)
         emit("error", message=one_line(error))
-        sys.exit(f"error: {one_line(error)}")
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(2)
     print(stage.store.location(spec.manifest_path), flush=True)

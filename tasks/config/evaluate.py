@@ -31,4 +31,4 @@ class PromoteConfig(Config):
     enabled: bool = True
     """Write ``promoted.json``."""
     metric: Literal["loss", "rouge_l", "accuracy"] = "loss"
-    """What must not be worse than the base student's."""
+    """Where the final student must beat the base student, by the whole paired interval."""

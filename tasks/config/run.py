@@ -81,6 +81,12 @@ class RunConfig(Config):
                 f"budget.warmup_share {self.budget.warmup_share} of {self.budget.queries} queries leaves a stage none:"
                 " raise budget.queries"
             )
+        rest = self.budget.queries - self.budget.warmup_queries
+        if self.signals.candidates is not None and self.signals.candidates < rest:
+            raise ValueError(
+                f"signals.candidates {self.signals.candidates} are fewer than the {rest} queries after the warm-up:"
+                " raise it, or lower budget.queries"
+            )
         for role, sampling in (("teacher", self.sampling.teacher), ("student", self.sampling.student)):
             engine: Any = getattr(self.engines, role)
             if self.prompts.max_prompt_tokens + sampling.max_tokens > engine.max_model_len:

@@ -54,6 +54,7 @@ def test_overrides_are_yaml_by_path(tmp_path: Path) -> None:
         ({"train.method": {"type": "magic"}}, "train.method", "'sft'"),
         ({"train.micro_batch": 3}, "train", "does not divide"),
         ({"budget.queries": 2, "budget.warmup_share": 0.1}, "config", "budget.queries"),
+        ({"budget.queries": 500}, "config", "signals.candidates 20"),
         ({"sampling.teacher.max_tokens": 4000}, "config", "max_model_len"),
         ({"prompts.sources": []}, "prompts.sources", "at least 1"),
         ({"prompts.verifier": "guess"}, "prompts", "module:function"),
