@@ -79,8 +79,8 @@ def enough(config: RunConfig) -> list[str]:
         left = sum(generated) - aside
         if config.budget.queries > left:
             return [
-                f"budget.queries: {config.budget.queries} queries need as many prompts, prompts.sources give {left} beside "
-                "the held-out ones: lower it, or raise the sizes"
+                f"budget.queries: {config.budget.queries} queries need as many prompts, prompts.sources give {left} "
+                "beside the held-out ones: lower it, or raise the sizes"
             ]
     return []
 
