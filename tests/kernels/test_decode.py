@@ -105,7 +105,6 @@ cases = {
     "rows": rows,
     "eos_ids": st.sets(st.integers(0, VOCAB - 1), max_size=6),
     "distance": st.sampled_from(DISTANCES),
-    "gate": st.sampled_from(GATES),
     "seed": st.integers(0, 2**31),
     "block": st.none() | st.integers(1, 16),
     "slots": st.none() | st.integers(1, 16),
@@ -117,17 +116,19 @@ def run_case(rows, eos_ids, **case) -> None:
     check([length for length, _ in rows], [limit for _, limit in rows], sorted(eos_ids), **case)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(**cases)
-def test_blockwise_is_the_reference(**case):
-    run_case(**case)
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: type(gate).__name__)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(case=st.fixed_dictionaries(cases))
+def test_blockwise_is_the_reference(gate, case):
+    run_case(gate=gate, **case)
 
 
 @pytest.mark.long
-@settings(max_examples=3000, deadline=None)
-@given(**cases)
-def test_blockwise_is_the_reference_long(**case):
-    run_case(**case)
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: type(gate).__name__)
+@settings(max_examples=300, deadline=None)
+@given(case=st.fixed_dictionaries(cases))
+def test_blockwise_is_the_reference_long(gate, case):
+    run_case(gate=gate, **case)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
