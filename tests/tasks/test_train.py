@@ -92,7 +92,8 @@ def test_sft_stage_commits_a_student(
     assert student["tokenizer_hash"] == "toy"
     assert curve(stage)["step"].to_pylist() == [1, 2, 3, 4, 5, 6]
     assert read_rows(store, stage.manifest, "positions").schema.equals(POSITION)
-    assert stage.facts["best_validation_loss"] == loop.state.best.loss if loop.state.best else False
+    assert loop.state.best
+    assert stage.facts["best_validation_loss"] == loop.state.best.loss
     assert stage.facts["data"]["rows"] + stage.facts["data"]["validation_rows"] == 48
     assert stage.facts["intervention_rate"] is None
     json.dumps(stage.facts, allow_nan=False)
