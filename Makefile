@@ -5,6 +5,9 @@ BIN := .venv/bin
 EXTRA ?= cpu
 # uv reads its own variable, not pip's; where neither names wheels, CPU builds of torch come from PyTorch's own index.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# Several processes share the cores: threads that wait must not spin.
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 0
 TORCH_INDEX := $(if $(UV_FIND_LINKS)$(filter gpu,$(EXTRA)),,--torch-backend cpu)
 
 .PHONY: demo test test-long check bench env clean
