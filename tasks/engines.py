@@ -1,6 +1,5 @@
 """A stage's access to engines: the run's engine room where there is one, its own engines where it runs alone."""
 
-import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from infra.engine import EngineSpec
 from infra.engine_room import ROOM, open_room
 from infra.models import ModelRef
+from tasks.connection import connected
 from tasks.stage import Stage
 
 Key = TypeVar("Key")
@@ -140,18 +140,8 @@ def release_engines(namespace: str) -> None:
 @contextmanager
 def engines(stage: Stage[Any]) -> Iterator[EngineAccess]:
     """Engines for the time of one stage."""
-    alone = stage.spec.runtime.namespace is None
-    # Inside a Ray job the address is in the environment; alone, a small Ray of this process's own is started.
-    ray.init(
-        namespace=stage.spec.runtime.namespace,
-        log_to_driver=alone,
-        include_dashboard=False if alone else None,
-        logging_level=logging.WARNING,
-    )
-    try:
+    with connected(stage.spec.runtime):
         yield EngineAccess(stage)
-    finally:
-        ray.shutdown()
 
 
 def model_of(stage: Stage[Any], input_name: str, key: str) -> ModelRef:

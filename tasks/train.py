@@ -11,10 +11,11 @@ from typing import Literal
 from infra.models import ModelRef
 from tasks.config.base import Config
 from tasks.config.train import Sft, TrainConfig
+from tasks.connection import connected
 from tasks.outcome import commit
 from tasks.plan import Plan
 from tasks.stage import Stage, main
-from tasks.workers import connected, fit, storage
+from tasks.workers import fit, storage
 
 
 class TrainSettings(Config):

@@ -12,7 +12,7 @@ import pyarrow.fs
 
 from infra.store import Store
 from tasks.plan import Plan
-from tasks.stage import Runtime, Stage
+from tasks.stage import Stage
 
 # A first worker on a busy machine, or on a node that is still being added, takes minutes to import torch.
 START_TIMEOUT_S = 900
@@ -28,27 +28,6 @@ def storage(store: Store, path: str) -> tuple[pa.fs.FileSystem, str]:
     endpoint = urlparse(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "https:")
     system = pa.fs.S3FileSystem(endpoint_override=endpoint.netloc or None, scheme=endpoint.scheme)
     return system, place.netloc + place.path
-
-
-@contextmanager
-def connected(runtime: Runtime) -> Iterator[None]:
-    """Ray: the one already in use, the cluster of a job (``RAY_ADDRESS``), or one of this process's own."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Workers' output stays in Ray's log files; what this process prints is the stage's log.
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", log_to_driver=False)
-    else:
-        cpus = max(os.cpu_count() or 1, runtime.workers)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 class Relay:
