@@ -10,6 +10,8 @@ import hashlib
 import importlib.util
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,22 @@ def display_name(source: ModelSource) -> str:
     return Path(source.file).stem if isinstance(source, GgufModel) else source.id
 
 
+@contextmanager
+def remembered() -> Iterator[None]:
+    """transformers parses a GGUF file three times, and builds its table of names once a module of the model. Both are
+    pure, and half of the conversion's time: they are remembered while the block lasts."""
+    import gguf
+
+    plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in plain.items():
+        setattr(gguf, name, lru_cache(maxsize=4)(function))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(gguf, name, function)
+
+
 @lru_cache(maxsize=1)
 def load_gguf(source: GgufModel) -> tuple[Any, Any]:
     """Model (float32) and tokenizer of a GGUF file, rid of every trace of the quantisation: it saves plainly."""
@@ -123,8 +141,9 @@ def load_gguf(source: GgufModel) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = gguf_path(source)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with remembered():
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
 import tiny
+import yaml
 
 from flows.cli import UserError, read_config
 from tasks.config import RunConfig

@@ -1,14 +1,11 @@
 """The plan: what is to do, what stands in the way, known without starting anything."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 from flows.plan import Plan, plan_run

@@ -11,8 +11,6 @@ from typing import Any
 
 import psutil
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 ROOT = Path(__file__).parent.parent.parent
