@@ -126,6 +126,8 @@ def run(
     show_result(result)
     if json_:
         print(json.dumps(result), flush=True)
+    if result["state"] == "Cancelled":
+        raise typer.Abort
     if result["state"] != "Completed":
         raise typer.Exit(1)
 
@@ -147,7 +149,8 @@ def show_result(result: dict[str, Any]) -> None:
     if result["metrics"]:
         console.print(metrics_table(result["metrics"]))
     if result["state"] != "Completed":
-        console.print(f"[red]{result['state']}[/]: {result['message']}", highlight=False)
+        if result["message"]:
+            console.print(f"[red]{result['state']}[/]: {result['message']}", highlight=False)
         return
     console.print(f"report   {result['report']}", highlight=False, soft_wrap=True)
     console.print(f"student  {result['student']}", highlight=False, soft_wrap=True)
@@ -210,7 +213,8 @@ def down() -> None:
 def main() -> None:
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:
-        app(standalone_mode=False)
+        # Without its own exit, typer hands the code of an Exit back.
+        sys.exit(app(standalone_mode=False) or 0)
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -218,8 +222,6 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
     except Exception as error:
         # Typer's own complaints about arguments know how to show themselves.
         if not hasattr(error, "format_message"):
