@@ -61,7 +61,8 @@ class Local(BaseModel):
             worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
             detached(worker, base / "worker.log", client, local.token)
             local._wait("the Ray head", base / "ray.log", lambda: responds(f"{local.ray_address}/api/version"))
-        except RuntimeError:
+        except BaseException:
+            # Also on Ctrl-C: nothing stays up that ``down`` would not know of.
             local.stop()
             raise
         # The file holds the Ray head's token.

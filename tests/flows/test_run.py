@@ -50,11 +50,25 @@ def processes_of(root: Path) -> list[str]:
     return found
 
 
-def ids(root: Path, stage: str, table: str, column: str) -> list[str]:
+def ids(root: Path, stage: str, table: str, column: str, fingerprint: str = "*") -> list[str]:
     import duckdb
 
-    paths = f"{root}/stages/{stage}/*/{table}/*.parquet"
+    paths = f"{root}/stages/{stage}/{fingerprint}/{table}/*.parquet"
     return [row[0] for row in duckdb.sql(f"SELECT {column} FROM '{paths}' ORDER BY 1").fetchall()]
+
+
+def fingerprints(result: dict[str, Any]) -> dict[str, str]:
+    return {stage["name"]: stage["fingerprint"] for stage in result["stages"]}
+
+
+def kill(process: subprocess.Popen[str], root: Path) -> None:
+    """``kill -9`` of the flow; returns when nothing of the run is left."""
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while processes_of(root):
+        assert time.monotonic() < deadline, processes_of(root)
+        time.sleep(0.2)
 
 
 class Finished:
@@ -141,33 +155,46 @@ def test_show_tells_the_run(finished: Finished) -> None:
 
 
 @pytest.mark.timeout(3 * SECONDS)
-def test_interrupted_and_killed_runs_continue_to_the_same_rows(finished: Finished, tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    interrupted = start(finished.config, root)
-    wait_for_stage(root, "warmup-annotate", "spec.json")
-    time.sleep(2)
+def test_an_interrupted_and_killed_redo_continues_to_the_same_rows(finished: Finished) -> None:
+    root = finished.root
+    interrupted = start(finished.config, root, "--from", "train")
+    # The finished stage has no checkpoints left, so these are the redone one's.
+    wait_for_stage(root, "train", "checkpoints/checkpoint*")
     interrupted.send_signal(signal.SIGINT)
     interrupted.wait(timeout=60)
     assert interrupted.returncode == 130
     assert processes_of(root) == []
 
     killed = start(finished.config, root)
-    wait_for_stage(root, "train", "checkpoints/*")
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    deadline = time.monotonic() + 30
-    while processes_of(root):
-        assert time.monotonic() < deadline, processes_of(root)
-        time.sleep(0.2)
+    deadline = time.monotonic() + SECONDS
+    while len(list(root.glob("stages/evaluate-after/*/spec.json"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    kill(killed, root)
 
     result = finish(start(finished.config, root))
-    reused = {stage["name"] for stage in result["stages"] if stage["reused"]}
-    assert {"models", "prompts", "warmup-annotate", "warmup-keep", "warmup-train", "select", "keep"} <= reused
-    for stage, table, column in (
+    again = {stage["name"] for stage in result["stages"] if not stage["reused"]}
+    assert again == {"evaluate-after", "report"}
+    before, after = fingerprints(finished.result), fingerprints(result)
+    assert {name for name in before if before[name] != after[name]} == {"train", "evaluate-after", "report"}
+    for stage, table, column in (("train", "steps", "step"), ("evaluate-after", "evaluations", "prompt_id")):
+        assert ids(root, stage, table, column, after[stage]) == ids(root, stage, table, column, before[stage])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3 * SECONDS)
+@pytest.mark.parametrize("stage", ["models", "warmup-annotate", "warmup-train", "student-sample", "select", "report"])
+def test_a_run_killed_in_any_stage_continues_to_the_same_rows(finished: Finished, tmp_path: Path, stage: str) -> None:
+    killed = start(finished.config, tmp_path / "root")
+    wait_for_stage(tmp_path / "root", stage, "spec.json")
+    time.sleep(3)
+    kill(killed, tmp_path / "root")
+    result = finish(start(finished.config, tmp_path / "root"))
+    assert fingerprints(result) == fingerprints(finished.result)
+    for name, table, column in (
         ("warmup-annotate", "samples", "sample_id"),
-        ("student-sample", "samples", "sample_id"),
         ("annotate", "samples", "prompt_id"),
         ("train", "steps", "step"),
         ("evaluate-after", "evaluations", "prompt_id"),
     ):
-        assert ids(root, stage, table, column) == ids(finished.root, stage, table, column), stage
+        assert ids(tmp_path / "root", name, table, column) == ids(finished.root, name, table, column), name
