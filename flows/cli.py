@@ -27,6 +27,7 @@ app = typer.Typer(
     help="Distil a large language model into a small one.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 console = Console(stderr=True)
+INTERRUPTED = 130
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's settings, a YAML file.")]
 Root = Annotated[str, typer.Option(help="Where results go: a folder or s3://bucket/prefix.")]
@@ -213,21 +214,23 @@ def down() -> None:
 def main() -> None:
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:
-        # Without its own exit, typer hands the code of an Exit back.
-        sys.exit(app(standalone_mode=False) or 0)
+        # Without its own exit, typer hands the code of an Exit back, 130 for Ctrl-C.
+        code = app(standalone_mode=False) or 0
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except (typer.Abort, KeyboardInterrupt):
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+        code = 2
+    except typer.Abort:
+        code = INTERRUPTED
     except Exception as error:
         # Typer's own complaints about arguments know how to show themselves.
         if not hasattr(error, "format_message"):
             raise
         print(f"error: {error.format_message()}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    if code == INTERRUPTED:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
