@@ -267,7 +267,7 @@ def test_a_stage_that_died_goes_on(runs, monkeypatch):
         ([{"prompt": ""}] * 3, {}, r"none of 3 rows is usable \(empty_prompt 3\)"),
         ([{"prompt": "long " * 99}] * 3, {}, r"too_long 3.*max_prompt_tokens"),
         (problems(3), {}, r"prompts\.heldout: 3 held-out prompts leave none of 3"),
-        (problems(10), {"warmup": 8}, r"budget\.queries: .*8 prompts, but 7.*lower"),
+        (problems(10), {"warmup": 8}, r"budget\.queries: 8 queries .*but 7 are there.*lower"),
         (problems(10), {"verifier": "nowhere:check"}, r"prompts\.verifier.*nowhere"),
     ],
 )
