@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -173,6 +173,9 @@ def main(settings_type: type[Settings], run: Callable[[Stage[Settings]], None]) 
     try:
         spec = load_spec(arguments.spec, arguments.root)
         stage = Stage(spec, settings_type.model_validate(spec.settings))
+    except (ValueError, FileNotFoundError) as error:
+        refuse(error)
+    try:
         if stage.store.exists(spec.manifest_path):
             stage.log.info("already complete: %s", stage.store.location(spec.manifest_path))
         else:
@@ -181,7 +184,12 @@ def main(settings_type: type[Settings], run: Callable[[Stage[Settings]], None]) 
     except ValueError as error:
         # A user's mistake, or data that no second attempt would read differently. The trace is for the log.
         traceback.print_exc(file=sys.stdout)
-        emit("error", message=one_line(error))
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        refuse(error)
     print(stage.store.location(spec.manifest_path), flush=True)
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Tell flow and person in one line why the stage cannot go on, and end with 2."""
+    emit("error", message=one_line(error))
+    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+    sys.exit(2)
