@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 ROOT = Path(__file__).parent.parent.parent
-SECONDS = 900
+SECONDS = 1800
 
 
 def start(config: Path, root: Path, *options: str) -> subprocess.Popen[str]:
@@ -161,7 +161,7 @@ def test_an_interrupted_and_killed_redo_continues_to_the_same_rows(finished: Fin
     # The finished stage has no checkpoints left, so these are the redone one's.
     wait_for_stage(root, "train", "checkpoints/checkpoint*")
     interrupted.send_signal(signal.SIGINT)
-    interrupted.wait(timeout=60)
+    interrupted.wait(timeout=120)
     assert interrupted.returncode == 130
     assert processes_of(root) == []
 
