@@ -1,7 +1,8 @@
 """What a run takes, before it runs: rows, tokens, seconds, memory. Orders of magnitude, from sizes and the machine.
 
-A decoder does about 2 floating-point operations a parameter and token forward, 6 in training. Rates are what these
-machines sustain, not their peak: measured on CPU cores with AVX2 or newer; a GPU's is a cautious share of an A100's.
+A decoder does about 2 floating-point operations a parameter and token forward, 6 in training. Rates are what a machine
+sustains, not its peak: the CPU's are rounded from short runs on two cores, the GPU's are assumptions that no run has
+checked. Small runs take longer than estimated, since starting jobs and engines outweighs their work.
 """
 
 import os
@@ -11,7 +12,7 @@ from flows.story import on_gpu
 from tasks.config import RunConfig
 from tasks.config.models import FreshModel, ModelSource, PrunedModel
 from tasks.config.prompts import ReasoningGymSource
-from tasks.config.train import Switch
+from tasks.config.train import Switch, TrainConfig
 from tasks.models import parameters_on_disk
 
 GIB = 1 << 30
@@ -84,10 +85,7 @@ def estimate(config: RunConfig) -> Estimate:
         tokens = int(prompts * samples * length * FILL)
         result.stages[name] = Cost(prompts * samples, tokens, start + 2 * size * tokens / decode / replicas)
 
-    def fit(name: str, settings: object, rows: int) -> None:
-        from tasks.config.train import TrainConfig
-
-        assert isinstance(settings, TrainConfig)
+    def fit(name: str, settings: TrainConfig) -> None:
         tokens = int(settings.steps * settings.batch_size * settings.max_length * FILL)
         flops = 6 * student * tokens
         if isinstance(settings.method, Switch):
@@ -101,12 +99,12 @@ def estimate(config: RunConfig) -> Estimate:
     written, own = config.sampling.teacher, config.sampling.student
     sample("warmup-annotate", warmup, written.samples, written.max_tokens, teacher)
     sample("warmup-keep", warmup, 1, config.prompts.max_prompt_tokens, assistant)
-    fit("warmup-train", config.warmup, warmup)
+    fit("warmup-train", config.warmup)
     sample("student-sample", asked, own.samples, own.max_tokens, student)
     sample("select", asked, 1, config.prompts.max_prompt_tokens, assistant)
     sample("annotate", rest, written.samples, written.max_tokens, teacher)
     sample("keep", rest, 1, config.prompts.max_prompt_tokens, assistant)
-    fit("train", config.train, config.budget.queries)
+    fit("train", config.train)
     seeds, length = len(config.evaluate.seeds), config.evaluate.max_tokens
     sample("evaluate-before", heldout, seeds, length, teacher + student)
     sample("evaluate-after", heldout, seeds, length, 2 * student)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from infra.manifest import fingerprint
+from infra.manifest import fingerprint, read_part
 from infra.models import ModelRef
 from tasks import schemas
 from tasks.config.base import Config
@@ -137,8 +137,6 @@ def run(stage: Stage[SampleSettings]) -> None:
 
 def token_counts(stage: Stage[Any], table: str) -> dict[str, int]:
     """Prompt and response tokens over all parts of an own table, those of earlier attempts included."""
-    from infra.manifest import read_part
-
     counts = {"prompt_tokens": 0, "completion_tokens": 0}
     for part in stage.manifest.tables[table].parts:
         rows = read_part(stage.store, part, ["prompt_token_ids", "token_ids"])

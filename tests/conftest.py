@@ -1,6 +1,5 @@
 """What tests share: stores, an S3 server over HTTP, one tiny model with a tokenizer."""
 
-import socket
 import subprocess
 import sys
 import time
@@ -11,13 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from infra.cluster import free_port
 from infra.store import LocalStore, S3Store, Store
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
