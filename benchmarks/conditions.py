@@ -1,10 +1,17 @@
-"""Under which conditions a figure was measured: date, hardware, commit, versions."""
+"""Under which conditions a figure was measured, and where it is kept: date, hardware, commit, versions."""
 
+import argparse
+import json
 import os
 import platform
 import subprocess
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+# Models and environments that benchmarks make once.
+CACHE = Path(os.environ.get("SWITCHYARD_BENCH_CACHE", Path.home() / ".cache" / "switchyard" / "benchmarks"))
 
 
 def conditions() -> dict[str, Any]:
@@ -12,7 +19,7 @@ def conditions() -> dict[str, Any]:
     import psutil
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit.stdout.strip(),
@@ -32,3 +39,20 @@ def processor() -> str:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (FileNotFoundError, StopIteration):
         return platform.processor()
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
+    parser.add_argument("--save", action="store_true", help="keep the result below benchmarks/results")
+    return parser
+
+
+def publish(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Save and print a result as asked."""
+    if arguments.save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.json:
+        print(json.dumps(result))

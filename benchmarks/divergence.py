@@ -1,93 +1,103 @@
-"""The fused divergence against the plain one: forward and backward from hidden states, time and peak extra memory.
+"""The fused divergence against the plain one and TRL's loss: forward and backward from hidden states, time and memory.
 
     python -m benchmarks.divergence --json        (last line: one JSON object)
 
-Each side runs in a process of its own, in turn, so that a peak is that side's; extra memory is what the process grew by
-over its inputs. Ratios are fused / plain, medians over the rounds.
+Generalised JSD with β = 0.5, which all sides have, in float32. Each measurement runs in a process of its own, in turn;
+extra memory is what the process grew by over its inputs, gradients included. Ratios are fused / other, medians over
+the rounds (TRL: one round at the larger size unless --rounds-trl says more).
 """
 
-import argparse
-import json
 import multiprocessing
-import resource
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-from benchmarks.conditions import conditions
+from benchmarks.conditions import conditions, options, publish
+from benchmarks.meter import Peak
+from benchmarks.peer import trl
 
 CASES = {
-    "1024 x 49152, width 576": (1024, 49_152, 576),
-    "512 x 151936, width 896": (512, 151_936, 896),
+    "2048 x 49152, width 576": (2048, 49_152, 576),
+    "2048 x 151936, width 896": (2048, 151_936, 896),
+    "16384 x 151936, width 896": (16_384, 151_936, 896),
 }
+ALONE = "16384 x 151936, width 896"
 
 
-def measure(side: str, tokens: int, vocabulary: int, width: int, pipe: Any) -> None:
-    """One forward and backward of skewed reverse KL; sends seconds, extra peak bytes and the loss."""
+def measure(side: str, shape: tuple[int, int, int], pipe: Any) -> None:
+    """One forward and backward; sends seconds, extra peak bytes and the loss."""
     import torch
 
-    from kernels.divergence import divergence_N, skewed_reverse_kl
+    from kernels.divergence import divergence_N, jsd
     from kernels.fused import fused_divergence
 
+    tokens, vocabulary, width = shape
     generator = torch.Generator().manual_seed(1)
     hidden_NH = torch.randn(tokens, width, generator=generator).requires_grad_()
-    weight_VH = (torch.randn(vocabulary, width, generator=generator) / width**0.5).requires_grad_()
+    weight_VH = torch.randn(vocabulary, width, generator=generator).div_(width**0.5).requires_grad_()
     teacher_NH = hidden_NH.detach() + 0.3 * torch.randn(tokens, width, generator=generator)
-    weights_N = torch.ones(tokens)
-    hidden_NH.grad, weight_VH.grad = torch.zeros_like(hidden_NH), torch.zeros_like(weight_VH)
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    if side == "fused":
-        loss, _ = fused_divergence(
-            hidden_NH, weight_VH, teacher_NH, weight_VH.detach(), weights_N, skewed_reverse_kl(0.1)
-        )
-    else:
-        teacher_NV = teacher_NH @ weight_VH.detach().T
-        loss = divergence_N(teacher_NV, hidden_NH @ weight_VH.T, skewed_reverse_kl(0.1)).sum()
-    loss.backward()
-    seconds = time.perf_counter() - began
-    pipe.send((seconds, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), loss.item()))
+    weights_N = torch.full((tokens,), 1 / tokens)
+    with Peak() as peak:
+        began = time.perf_counter()
+        if side == "fused":
+            loss, _ = fused_divergence(hidden_NH, weight_VH, teacher_NH, weight_VH.detach(), weights_N, jsd(0.5))
+        else:
+            teacher_NV = teacher_NH @ weight_VH.detach().T
+            loss = divergence_N(teacher_NV, hidden_NH @ weight_VH.T, jsd(0.5)).mean()
+        loss.backward()
+        seconds = time.perf_counter() - began
+    pipe.send({"seconds": seconds, "extra_bytes": peak.extra, "loss": loss.item()})
 
 
-def run(side: str, shape: tuple[int, int, int]) -> tuple[float, int, float]:
+def run(side: str, shape: tuple[int, int, int]) -> dict[str, float]:
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=measure, args=(side, *shape, theirs))
+    process = multiprocessing.get_context("spawn").Process(target=measure, args=(side, shape, theirs))
     process.start()
-    result: tuple[float, int, float] = ours.recv()
+    theirs.close()
+    result: dict[str, float] = ours.recv()
     process.join()
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/divergence.json")
+    parser.add_argument("--rounds-trl", type=int, default=1)
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"conditions": conditions(), "cases": {}, "peak_ratio": {}, "time_ratio": {}}
+    result: dict[str, Any] = {"conditions": conditions(), "cases": {}}
+    for name in ("peak_ratio", "time_ratio", "peak_ratio_to_trl", "time_ratio_to_trl"):
+        result[name] = {}
     for name, shape in CASES.items():
-        sides: dict[str, list[tuple[float, int, float]]] = {"plain": [], "fused": []}
-        for _ in range(arguments.rounds):
+        sides: dict[str, list[dict[str, float]]] = (
+            {"fused": []} if name == ALONE else {"fused": [], "plain": [], "trl": []}
+        )
+        for number in range(1 if name == ALONE else arguments.rounds):
             for side, runs in sides.items():
-                runs.append(run(side, shape))
+                if side != "trl":
+                    runs.append(run(side, shape))
+                elif number < arguments.rounds_trl:
+                    runs.append(trl("loss", tokens=shape[0], vocabulary=shape[1], width=shape[2]))
         figures = {
-            side: {
-                "seconds": statistics.median(figure[0] for figure in runs),
-                "peak_mib": statistics.median(figure[1] for figure in runs) / (1 << 20),
-                "loss": runs[0][2],
-            }
+            side: {key: statistics.median(figure[key] for figure in runs) for key in runs[0]}
             for side, runs in sides.items()
         }
         result["cases"][name] = figures
-        result["peak_ratio"][name] = figures["fused"]["peak_mib"] / figures["plain"]["peak_mib"]
-        result["time_ratio"][name] = figures["fused"]["seconds"] / figures["plain"]["seconds"]
         for side, figure in figures.items():
-            seconds, peak, loss = figure["seconds"], figure["peak_mib"], figure["loss"]
-            print(f"{name:<26} {side:<6} {seconds:7.2f} s {peak:9.0f} MiB  loss {loss:.4f}")
-    if arguments.save:
-        (Path(__file__).parent / "results" / "divergence.json").write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.json:
-        print(json.dumps(result))
+            seconds, peak, loss = figure["seconds"], figure["extra_bytes"] / (1 << 20), figure["loss"]
+            print(f"{name:<26} {side:<6} {seconds:7.2f} s {peak:9.0f} MiB  loss {loss:.5f}", flush=True)
+        for side, suffix in (("plain", ""), ("trl", "_to_trl")):
+            if side in figures:
+                for ratio, key in (("peak_ratio", "extra_bytes"), ("time_ratio", "seconds")):
+                    result[ratio + suffix][name] = figures["fused"][key] / figures[side][key]
+    if ALONE in result["cases"]:
+        few, many = (result["cases"][name]["fused"] for name in list(CASES)[1:])
+        hidden = 3 * 4 * (CASES[ALONE][0] - 2048) * CASES[ALONE][2]  # hidden states, the teacher's, and a gradient
+        result["growth"] = {
+            "extra_bytes_at_2048": few["extra_bytes"],
+            "extra_bytes_at_16384": many["extra_bytes"],
+            "bytes_of_hidden_states_between": hidden,
+        }
+    publish("divergence", result, arguments)
 
 
 if __name__ == "__main__":

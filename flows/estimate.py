@@ -12,7 +12,7 @@ from flows.story import on_gpu
 from tasks.config import RunConfig
 from tasks.config.models import FreshModel, ModelSource, PrunedModel
 from tasks.config.prompts import ReasoningGymSource
-from tasks.config.train import Switch, TrainConfig
+from tasks.config.train import TrainConfig
 from tasks.models import parameters_on_disk
 
 GIB = 1 << 30
@@ -88,10 +88,12 @@ def estimate(config: RunConfig) -> Estimate:
     def fit(name: str, settings: TrainConfig) -> None:
         tokens = int(settings.steps * settings.batch_size * settings.max_length * FILL)
         flops = 6 * student * tokens
-        if isinstance(settings.method, Switch):
+        method = settings.method
+        if method.compares:
             flops += 2 * teacher * tokens
-            rollout = settings.method.on_policy_share * settings.steps * settings.batch_size
-            flops += 2 * (student + teacher) * rollout * settings.method.max_new_tokens * FILL * train / decode
+        rollout = method.on_policy_share * settings.steps * settings.batch_size * method.max_new_tokens * FILL
+        asked = teacher if method.type == "switch" else 0
+        flops += 2 * (student + asked) * rollout * train / decode
         result.stages[name] = Cost(settings.steps, tokens, 2 * start + flops / train)
 
     warmup, rest = config.budget.warmup_queries, config.budget.queries - config.budget.warmup_queries

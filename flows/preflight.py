@@ -17,7 +17,6 @@ from infra.store import open_store
 from tasks.config import RunConfig
 from tasks.config.models import GgufModel, HuggingFaceModel, ModelSource, PrunedModel
 from tasks.config.prompts import ReasoningGymSource
-from tasks.config.train import Switch
 from tasks.models import ROLES, identity
 from tasks.sources import check as check_source
 from tasks.verify import check_verifier
@@ -127,8 +126,7 @@ def lengths(config: RunConfig) -> list[str]:
     found = []
     prompt = config.prompts.max_prompt_tokens
     for name, settings in (("warmup", config.warmup), ("train", config.train)):
-        method = settings.method
-        response = method.max_new_tokens if isinstance(method, Switch) else 0
+        response = settings.method.max_new_tokens
         if prompt + response > settings.max_length:
             found.append(
                 f"{name}.max_length: {settings.max_length} is below prompts.max_prompt_tokens {prompt} + "
@@ -152,12 +150,12 @@ def origin(source: ModelSource) -> HuggingFaceModel | GgufModel:
 def distributions(config: RunConfig) -> list[str]:
     """For methods that compare distributions: one token map, one width of logits, one end of sequence."""
     teacher, student = origin(config.models.teacher), origin(config.models.student)
-    compares = any(isinstance(settings.method, Switch) for settings in (config.warmup, config.train))
-    if not compares or teacher == student:
+    comparing = [settings.method.type for settings in (config.warmup, config.train) if settings.method.compares]
+    if not comparing or teacher == student:
         return []
     ours, theirs = vocabulary(student), vocabulary(teacher)
     found = []
-    method = config.train.method.type
+    method = comparing[-1]
     if ours["tokens"] != theirs["tokens"]:
         found.append(
             f"models.student: its tokenizer differs from the teacher's, and train.method {method} compares "

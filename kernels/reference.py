@@ -17,11 +17,18 @@ from kernels.rollout import Forwards, Record, Rollout
 from kernels.rules import Rules, Sampling, evaluating, watch_head
 
 
-class _Padded:
+class Padded:
     """A model with the cache of left-padded rows."""
 
-    def __init__(self, model: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor):
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Tensor]):
+        longest = max(map(len, prompts))
+        ids_BL = torch.zeros(len(prompts), longest, dtype=torch.int64, device=model.device)
+        mask_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            ids_BL[row, longest - len(prompt) :] = prompt.to(model.device)
+            mask_BL[row, longest - len(prompt) :] = True
         self.model, self.mask_BL, self.forwards = model, mask_BL, Forwards()
+        self.last_B = ids_BL[:, -1]
         self.cache = DynamicCache(config=model.config)
         if ids_BL.shape[1] > 1:  # all but the last prompt token, which is fed first
             self._run(ids_BL[:, :-1], mask_BL[:, :-1])
@@ -72,7 +79,6 @@ def reference(
     logits to the common tokenizer when they are padded differently. The models run in eval mode and get their mode
     back. Raises ValueError with the fix for inputs that do not fit together.
     """
-    device = student.device
     rules = Rules.of(
         student,
         teacher,
@@ -88,16 +94,9 @@ def reference(
     record = Record(rules.limits_N, rules.dtype)
     lengths = [0] * len(prompts)
 
-    longest = max(map(len, prompts))
-    ids_BL = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
-    mask_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids_BL[row, longest - len(prompt) :] = prompt.to(device)
-        mask_BL[row, longest - len(prompt) :] = True
-
     with evaluating(student, teacher), watch_head(teacher) as head:
-        q, p = _Padded(student, ids_BL, mask_BL), _Padded(teacher, ids_BL, mask_BL)
-        seq_B, token_B = torch.arange(len(prompts), device=device), ids_BL[:, -1]
+        q, p = Padded(student, prompts), Padded(teacher, prompts)
+        seq_B, token_B = torch.arange(len(prompts), device=student.device), q.last_B
         for t in range(record.longest):
             t_B = torch.full_like(seq_B, t)
             q_BV, p_BV = rules.logprobs(q.next(token_B)), rules.logprobs(p.next(token_B))

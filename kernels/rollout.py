@@ -73,6 +73,7 @@ class Rollout:
 
     tokens: list[Tensor]  # int64 [T], the ending EOS included
     teacher_wrote: list[Tensor]  # bool [T]
+    agrees: list[Tensor]  # bool [T], both models drew the same token
     jsd: list[Tensor]  # [T], in the gate's log base
     teacher_hidden: list[Tensor] | None  # [T, D]: what the teacher's head turned into the distribution of token t
     stats: Stats
@@ -135,6 +136,7 @@ class Record:
         return Rollout(
             rows(self.tokens_NT),
             rows(self.teacher_NT),
+            rows(self.agrees_NT),
             rows(self.jsd_NT),
             None if hidden_NTD is None else rows(hidden_NTD),
             Stats(

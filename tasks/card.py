@@ -9,9 +9,10 @@ import yaml
 
 from infra.models import ModelRef
 from tasks.accounts import Manifests, teacher_queries
+from tasks.config.methods import Switch
 from tasks.config.models import HuggingFaceModel
 from tasks.config.run import RunConfig
-from tasks.config.train import Switch, TrainConfig
+from tasks.config.train import TrainConfig
 from tasks.metrics import LABELS, METRICS, Results
 from tasks.verdict import NAMES, SHOWN, verdict
 

@@ -16,7 +16,8 @@ from kernels.calibration import auroc, brier
 from tasks import plots
 from tasks.accounts import Manifests
 from tasks.canvas import svg
-from tasks.config.train import ExponentialDecay, TrainConfig
+from tasks.config.methods import ExponentialDecay
+from tasks.config.train import TrainConfig
 from tasks.metrics import LABELS, METRICS, Results
 from tasks.verdict import SHOWN
 

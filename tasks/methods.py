@@ -19,7 +19,7 @@ from kernels.fused import fused_cross_entropy, fused_divergence
 from kernels.rollout import Rollout
 from kernels.rules import Role
 from tasks.batches import Batch, Sequence, collate
-from tasks.config import train as config
+from tasks.config import methods as config
 from tasks.student import Head, Loss, head_of, hidden_states
 
 
@@ -87,17 +87,50 @@ class Divergent(Method):
         return torch.cat([weight_VG.new_empty(0, weight_VG.shape[1]), *parts])
 
 
-class Switch(Divergent):
+class Kd(Divergent):
+    """KL(p ‖ q) on annotated rows, with a share of cross entropy."""
+
+    def __init__(self, settings: config.Kd, teacher: Any, vocabulary: int) -> None:
+        super().__init__(teacher, named("forward_kl"), vocabulary)
+        self.cross_entropy_share = settings.cross_entropy_share
+
+    def loss(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
+        share = self.cross_entropy_share
+        loss, losses_N = super().loss(hidden_NH, head, batch, sequences)
+        if share:
+            hard, hard_N = cross_entropy(hidden_NH, head, batch)
+            loss, losses_N = (1 - share) * loss + share * hard, (1 - share) * losses_N + share * hard_N
+        return loss, losses_N
+
+
+class OnPolicy(Divergent):
+    """D(p ‖ q) on what the student writes by itself, mixed with annotated rows: ImitKD, GKD."""
+
+    def __init__(self, settings: config.OnPolicy, teacher: Any, vocabulary: int, divergence: config.Divergence) -> None:
+        super().__init__(teacher, named(divergence.name, alpha=divergence.alpha, beta=divergence.beta), vocabulary)
+        self.on_policy_share, self.max_new_tokens = settings.on_policy_share, settings.max_new_tokens
+        self.sampling = decode.Sampling(settings.temperature)
+
+    def rollout(self, student: Any, prompts: list[Tensor], keys: list[int], eos_ids: list[int]) -> Rollout:
+        return decode.alone(
+            student,
+            prompts,
+            torch.tensor(keys),
+            max_new_tokens=self.max_new_tokens,
+            eos_ids=eos_ids,
+            sampling=self.sampling,
+            vocab_size=self.vocabulary,
+        )
+
+
+class Switch(OnPolicy):
     """SWITCH (Koo et al. 2025): the student writes, the teacher takes over where the gate says so, and
     D(p ‖ q)(y | x) is minimised over every response position of the mixed sequence; the rest are annotated rows."""
 
     def __init__(self, settings: config.Switch, teacher: Any, vocabulary: int) -> None:
-        divergence = settings.divergence
-        super().__init__(teacher, named(divergence.name, alpha=divergence.alpha, beta=divergence.beta), vocabulary)
-        self.on_policy_share, self.max_new_tokens = settings.on_policy_share, settings.max_new_tokens
+        super().__init__(settings, teacher, vocabulary, settings.divergence)
         self.gate = gate_of(settings)
         drafter: Role | None = "student" if settings.block else None
-        self.sampling = decode.Sampling(settings.temperature)
         self.decode: Callable[..., Rollout] = decode.reference
         if settings.decoder == "blockwise":
             # What a rollout learns about speed and acceptance serves the next one.
@@ -142,7 +175,13 @@ def gate_of(settings: config.Switch) -> gate.Gate:
 def method_of(settings: config.Method, teacher: Any, vocabulary: int) -> Method:
     """The method that the settings name; ``teacher`` is None for those that ask for no distributions."""
     match settings:
-        case config.Sft():
+        case config.Sft() | config.Seqkd():
             return Method()
+        case config.Kd():
+            return Kd(settings, teacher, vocabulary)
+        case config.Imitkd():
+            return OnPolicy(settings, teacher, vocabulary, config.Divergence(name="forward_kl"))
+        case config.Gkd():
+            return OnPolicy(settings, teacher, vocabulary, settings.divergence)
         case config.Switch():
             return Switch(settings, teacher, vocabulary)

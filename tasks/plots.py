@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kernels.calibration import reliability, wilson
 from tasks.canvas import COLORS
-from tasks.config.train import ExponentialDecay
+from tasks.config.methods import ExponentialDecay
 from tasks.metrics import Results
 from tasks.verdict import NAMES, SHOWN
 

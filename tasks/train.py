@@ -10,7 +10,7 @@ from typing import Literal
 
 from infra.models import ModelRef
 from tasks.config.base import Config
-from tasks.config.train import Sft, TrainConfig
+from tasks.config.train import TrainConfig
 from tasks.connection import connected
 from tasks.outcome import commit
 from tasks.plan import Plan
@@ -53,7 +53,7 @@ def plan_of(stage: Stage[TrainSettings]) -> Plan:
     student, teacher = model_of(stage, settings.student_input, settings.student), None
     if settings.train.precision == "bfloat16" and not runtime.gpus_per_worker:
         raise ValueError("train.precision: bfloat16 needs GPUs; use auto, or set resources.gpus_per_worker")
-    if not isinstance(settings.train.method, Sft):
+    if settings.train.method.compares:
         teacher = model_of(stage, "models", settings.teacher)
         if teacher.tokenizer_hash != student.tokenizer_hash or teacher.eos_token_ids != student.eos_token_ids:
             raise ValueError(

@@ -8,10 +8,11 @@ from pydantic import Field, model_validator
 
 from tasks.config.base import Config
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
+from tasks.config.methods import Sft
 from tasks.config.models import Engines, Models
 from tasks.config.prompts import PromptsConfig
 from tasks.config.signals import Budget, Sampling, Signals
-from tasks.config.train import Sft, TrainConfig
+from tasks.config.train import TrainConfig
 
 
 class SamplingConfig(Config):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from kernels.decode import Pace, Rollout, Sampling, blockwise, reference
+from kernels.decode import Pace, Rollout, Sampling, alone, blockwise, reference
 from kernels.gate import Adaptive, Coin, Constant, ExponentialDecay, ExponentialGrowth, InTopK, LinearDecay
 from kernels.margin import first_difference, margin
 from kernels.noise import sequence_key
@@ -150,6 +150,20 @@ def test_results_do_not_depend_on_the_batch(decode):
         )
         assert alone.tokens[0].tolist() == together.tokens[i].tolist()
         torch.testing.assert_close(alone.teacher_hidden[0], together.teacher_hidden[i])
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(rows=rows, eos_ids=st.sets(st.integers(0, VOCAB - 1), max_size=6), seed=st.integers(0, 2**31))
+def test_alone_is_the_reference_where_the_teacher_never_writes(rows, eos_ids, seed):
+    prompts, keys = make_prompts([length for length, _ in rows], seed)
+    settings_ = {"max_new_tokens": [limit for _, limit in rows], "eos_ids": sorted(eos_ids)}
+    want = reference(STUDENTS[1.0], TEACHER, prompts, keys, Constant(value=1.0), **settings_)
+    got = alone(STUDENTS[1.0], prompts, keys, **settings_)
+    assert [tokens.tolist() for tokens in got.tokens] == [tokens.tolist() for tokens in want.tokens]
+    assert got.stats.student == want.stats.student
+    assert got.stats.teacher.calls == 0
+    assert got.stats.intervention_rate == 0.0
+    assert got.teacher_hidden is None
 
 
 class DraftedEos(Constant):

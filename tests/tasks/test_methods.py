@@ -19,10 +19,10 @@ from transformers import (
 from infra.manifest import Manifest
 from infra.store import LocalStore
 from kernels import gate
-from kernels.divergence import divergence_N, forward_kl
+from kernels.divergence import divergence_N, forward_kl, jsd
 from tasks.batches import Order, Sequence, collate, micro_batches, read_data
-from tasks.config import train as config
-from tasks.methods import Divergent, Switch, cross_entropy, gate_of
+from tasks.config import methods as config
+from tasks.methods import Divergent, Switch, cross_entropy, gate_of, method_of
 from tasks.schemas import CHARGED, KEPT
 from tasks.stage import Stage, StageSpec
 from tasks.student import check_projection, head_of, hidden_states
@@ -91,6 +91,16 @@ def test_divergence_is_that_of_the_logits_over_the_shared_vocabulary() -> None:
     torch.testing.assert_close(losses_N, torch.cat(expected).detach(), rtol=1e-4, atol=1e-5)
 
 
+def loss_of(method: Any, student: Any, sequences: list[Sequence]) -> float:
+    """The method's loss, summed over response tokens."""
+    batch = collate(sequences, torch.device("cpu"))
+    hidden_NH = hidden_states(student, batch.ids_BL).flatten(0, 1)[batch.where_N]
+    loss, losses_N = method.loss(hidden_NH, head_of(student), batch, sequences)
+    weights_N = batch.weights_N.to(losses_N.dtype)
+    assert (losses_N * weights_N).sum().item() == pytest.approx(loss.item(), rel=1e-5)
+    return loss.item()
+
+
 def test_teacher_equal_to_student_gives_no_loss() -> None:
     loss, losses_N = divergent(llama(3), llama(3), SEQUENCES, 50)
     assert abs(loss.item()) < 1e-6
@@ -121,6 +131,39 @@ def test_rollout_brings_the_teachers_hidden_states_along(decoder: str) -> None:
     mixed_NG = method.teacher_hidden([rolled[0], SEQUENCES[0], rolled[1], SEQUENCES[1]])
     read_NG = method.teacher_hidden([unread[0], SEQUENCES[0], unread[1], SEQUENCES[1]])
     torch.testing.assert_close(mixed_NG, read_NG, rtol=1e-4, atol=1e-4)
+
+
+def test_gkd_minimises_the_jsd_on_what_the_student_writes_alone() -> None:
+    student, teacher = llama(0), llama(1)
+    method = method_of(config.Gkd(max_new_tokens=7), teacher, 50)
+    prompts = [ids(1, 5, 6), ids(1, 9)]
+    rollout = method.rollout(student, prompts, [11, 12], [2])
+    assert rollout.stats.intervention_rate == 0.0
+    rolled = [Sequence("", *pair, on_policy=True) for pair in zip(prompts, rollout.tokens, strict=True)]
+    loss = loss_of(method, student, rolled)
+    expected = 0.0
+    for sequence in rolled:
+        whole, start = torch.cat([sequence.prompt, sequence.response])[None], len(sequence.prompt) - 1
+        p_TV, q_TV = (model(whole).logits[0, start:-1] for model in (teacher, student))
+        expected += divergence_N(p_TV, q_TV, jsd(0.5)).sum().item()
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_kd_mixes_forward_kl_and_cross_entropy(share: float) -> None:
+    student, teacher = llama(0), llama(1)
+    found = loss_of(method_of(config.Kd(cross_entropy_share=share), teacher, 50), student, SEQUENCES)
+    kl, hard = (
+        loss_of(method, student, SEQUENCES)
+        for method in (Divergent(teacher, forward_kl(), 50), method_of(config.Sft(), None, 50))
+    )
+    assert found == pytest.approx((1 - share) * kl + share * hard, rel=1e-5)
+
+
+def test_imitkd_rolls_out_every_sequence_and_minimises_forward_kl() -> None:
+    method = method_of(config.Imitkd(), llama(1), 50)
+    assert method.on_policy_share == 1.0
+    assert method.divergence == forward_kl()
 
 
 @pytest.mark.parametrize(

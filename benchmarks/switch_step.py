@@ -1,0 +1,138 @@
+"""A whole training step of SWITCH against one of GKD: ours on the same models, and TRL's trainer.
+
+    python -m benchmarks.switch_step --json        (last line: one JSON object)
+
+Batch 8, 64 new tokens, all on-policy, float32, AdamW. Case (a): SmolLM2 fine-tuned on templated text and a student
+distilled from it there; (b): SmolLM2 and its raw pruned student. A step is rollout, loss, backward and optimiser. Ours
+take turns step by step, with equal prompts and response lengths (EOS is off); each optimiser step is undone, so the
+pair stays what it is. TRL runs in an environment of its own on the same folders and prompts.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.conditions import CACHE, conditions, options, publish
+from benchmarks.pairs import BATCH, load, notices, raw_pair, templated_pair
+from benchmarks.peer import trl
+from kernels.noise import sequence_key
+from tasks.batches import Sequence, collate
+from tasks.config import methods as config
+from tasks.methods import Method, method_of
+from tasks.student import head_of, hidden_states
+
+NEW_TOKENS = 64
+
+
+class Stepper:
+    """One training step of a method on a model, timed by part."""
+
+    def __init__(self, student: Any, method: Method) -> None:
+        self.student, self.method = student, method
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+
+    def step(self, prompts: list[Any], number: int) -> tuple[float, float, Any]:
+        """Seconds in all, seconds of the rollout, and its statistics."""
+        began = time.perf_counter()
+        keys = [sequence_key(number, "row", row) for row in range(len(prompts))]
+        rollout = self.method.rollout(self.student, prompts, keys, eos_ids=[])
+        rolled = time.perf_counter() - began
+        hidden: list[Any] = rollout.teacher_hidden or [None] * len(prompts)
+        sequences = [
+            Sequence(str(row), prompt, tokens, on_policy=True, teacher_hidden_TG=hidden_TG)
+            for row, (prompt, tokens, hidden_TG) in enumerate(zip(prompts, rollout.tokens, hidden, strict=True))
+        ]
+        batch = collate(sequences, torch.device("cpu"))
+        batch.weights_N.div_(len(batch.weights_N))
+        self.student.train()
+        hidden_NH = hidden_states(self.student, batch.ids_BL).flatten(0, 1)[batch.where_N]
+        loss, _ = self.method.loss(hidden_NH, head_of(self.student), batch, sequences)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - began, rolled, rollout.stats
+
+
+def run_case(teacher: Any, student: Any, prompts: list[Any], rounds: int) -> dict[str, Any]:
+    """SWITCH's and GKD's steps in turn; the first round is not counted."""
+    vocabulary = teacher.config.vocab_size
+    settings = {"on_policy_share": 1.0, "max_new_tokens": NEW_TOKENS}
+    steppers = {
+        "switch": Stepper(student, method_of(config.Switch(**settings), teacher, vocabulary)),
+        "gkd": Stepper(student, method_of(config.Gkd(**settings), teacher, vocabulary)),
+    }
+    weights = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    rollouts: dict[str, list[float]] = {name: [] for name in steppers}
+    stats = []
+    for number in range(rounds + 1):
+        for name, stepper in steppers.items():
+            spent, rolled, seen = stepper.step(prompts, number)
+            student.load_state_dict(weights)
+            if number:
+                seconds[name].append(spent)
+                rollouts[name].append(rolled)
+                stats += [seen] if name == "switch" else []
+    total = sum(stats[1:], stats[0])
+    steps = NEW_TOKENS * rounds
+    calls = {"switch": (total.student.calls, total.teacher.calls), "gkd": (steps, rounds)}
+    # Where a forward costs latency, the same for both models and for one token or many: rollout forwards, and three
+    # passes (student forward and backward, twice as long) with the teacher's where it has not read the text yet.
+    latency = {
+        name: student_calls + teacher_calls + 3 * rounds for name, (student_calls, teacher_calls) in calls.items()
+    }
+    return {
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "rollout_seconds": {name: statistics.median(values) for name, values in rollouts.items()},
+        "ratio_to_gkd": statistics.median(seconds["switch"]) / statistics.median(seconds["gkd"]),
+        "agreement": total.agreement,
+        "teacher_forwards_per_token": total.teacher_forwards_per_token,
+        "forwards_per_step": {name: [count / rounds for count in both] for name, both in calls.items()},
+        "ratio_to_gkd_by_latency": latency["switch"] / latency["gkd"],
+    }
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--without-trl", action="store_true", help="skip TRL, whose steps take half a minute each")
+    arguments = parser.parse_args()
+    from infra.models import load_tokenizer
+
+    pair, raw = templated_pair(), raw_pair()
+    tokenizer = load_tokenizer(raw.teacher)
+    prompts = [row.prompt for row in notices(tokenizer, BATCH, seed=3)]
+    folders = {"a": (pair.teacher, pair.students[max(pair.students)]), "b": (raw.teacher, raw.students[0])}
+    cases: dict[str, dict[str, Any]] = {}
+    for name, (teacher_folder, student_folder) in folders.items():
+        cases[name] = case = run_case(load(teacher_folder), load(student_folder), prompts, arguments.rounds)
+        print(f"({name}) " + "  ".join(f"{key} {value:.2f} s" for key, value in case["seconds"].items()), end="  ")
+        print(f"ratio {case['ratio_to_gkd']:.2f}  agreement {case['agreement']:.3f}", flush=True)
+        if not arguments.without_trl:
+            theirs = trl(
+                "step",
+                teacher=str(teacher_folder),
+                student=str(student_folder),
+                prompts=[prompt.tolist() for prompt in prompts],
+                new_tokens=NEW_TOKENS,
+                steps=4,
+                output=str(CACHE / "trl-output"),
+            )
+            case["trl"] = theirs
+            case["ratio_to_trl"] = case["seconds"]["switch"] / theirs["seconds"]
+            print(f"({name}) TRL {theirs['seconds']:.2f} s  ratio {case['ratio_to_trl']:.2f}", flush=True)
+    result = {
+        "conditions": conditions(),
+        "settings": {"batch": BATCH, "new_tokens": NEW_TOKENS, "rounds": arguments.rounds},
+        "ratio_to_gkd": cases["a"]["ratio_to_gkd"],
+        "ratio_to_trl": cases["a"].get("ratio_to_trl"),
+        "cases": cases,
+    }
+    publish("switch_step", result, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""TRL's side of a comparison. Runs in TRL's own environment: nothing of this project but the meter beside it.
+
+python trl_side.py loss|step < OPTIONS.json        (last line: one JSON object)
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from meter import Peak
+
+
+def trainer_class() -> Any:
+    try:
+        from trl.experimental.gkd import GKDTrainer
+    except ImportError:
+        from trl import GKDTrainer
+    return GKDTrainer
+
+
+def loss(tokens: int, vocabulary: int, width: int) -> dict[str, float]:
+    """GKD's loss, forward and backward from hidden states; the inputs are those of ``benchmarks/divergence.py``."""
+    objective = trainer_class().generalized_jsd_loss
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(tokens, width, generator=generator).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=generator).div_(width**0.5).requires_grad_()
+    teacher = hidden.detach() + 0.3 * torch.randn(tokens, width, generator=generator)
+    labels = torch.zeros(1, tokens, dtype=torch.int64)
+    with Peak() as peak:
+        began = time.perf_counter()
+        with torch.no_grad():
+            teacher_logits = teacher @ weight.T
+        value = objective((hidden @ weight.T)[None], teacher_logits[None], labels=labels, beta=0.5)
+        value.backward()
+        seconds = time.perf_counter() - began
+    return {"seconds": seconds, "extra_bytes": peak.extra, "loss": value.item()}
+
+
+def step(
+    teacher: str, student: str, prompts: list[list[int]], new_tokens: int, steps: int, output: str
+) -> dict[str, float]:
+    """Median seconds of a GKD step with every sequence sampled by the student; the first step is not counted."""
+    import importlib
+
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    module = importlib.import_module(trainer_class().__module__.rsplit(".", 1)[0])
+    config_class = getattr(module, "GKDConfig", None) or importlib.import_module("trl").GKDConfig
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": question(tokenizer.decode(ids))},
+                {"role": "assistant", "content": "x"},
+            ]
+        }
+        for ids in prompts
+    ]
+    times: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter() - self.began)
+
+    arguments = config_class(
+        output_dir=output,
+        per_device_train_batch_size=len(prompts),
+        max_steps=steps,
+        lmbda=1.0,
+        beta=0.5,
+        temperature=1.0,
+        max_new_tokens=new_tokens,
+        max_length=512,
+        learning_rate=0.0,
+        report_to=[],
+        save_strategy="no",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (student, teacher)]
+    for model in models:
+        # As ours: every sequence is as long as allowed.
+        model.generation_config.eos_token_id = None
+    trainer = trainer_class()(
+        model=models[0],
+        teacher_model=models[1],
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows * steps),
+        callbacks=[Clock()],
+    )
+    trainer.generation_config.eos_token_id = None
+    trainer.generation_config.min_new_tokens = new_tokens
+    trainer.train()
+    return {"seconds": statistics.median(times[1:]), "first": times[0], "steps": len(times)}
+
+
+def question(text: str) -> str:
+    """The user's turn of a chat in the template's markup."""
+    return text.split("user\n", 1)[-1].split("<|im_end|>", 1)[0]
+
+
+if __name__ == "__main__":
+    print(json.dumps({"loss": loss, "step": step}[sys.argv[1]](**json.load(sys.stdin))))

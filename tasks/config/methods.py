@@ -1,0 +1,172 @@
+"""Methods: what is minimised, on which sequences (method.md, sections 1 and 4). p is the teacher, q the student.
+
+Every method says of itself whether it ``compares`` distributions, so that it needs a teacher of the student's family,
+and how much of a batch it rolls out.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from tasks.config.base import Config
+
+
+class ExponentialDecay(Config):
+    """τ_t = max(floor, initial · e^(−rate·t)): the paper's choice."""
+
+    type: Literal["exponential_decay"] = "exponential_decay"
+    initial: float = Field(default=1.0, gt=0)
+    """τ_0."""
+    rate: float = Field(default=0.1, gt=0)
+    """λ, per token."""
+    floor: float = Field(default=0.0, ge=0, le=1)
+    """τ_min (ours): keeps long tails from becoming pure teacher text."""
+
+
+class Linear(Config):
+    """τ_t falls from 1 to 0 over the longest response."""
+
+    type: Literal["linear"] = "linear"
+    floor: float = Field(default=0.0, ge=0, le=1)
+    """τ_min (ours)."""
+
+
+class ExponentialGrowth(Config):
+    """τ_t = 1 − e^(−rate·t)."""
+
+    type: Literal["exponential_growth"] = "exponential_growth"
+    rate: float = Field(default=0.1, gt=0)
+    """λ, per token."""
+    floor: float = Field(default=0.0, ge=0, le=1)
+    """τ_min (ours)."""
+
+
+class Constant(Config):
+    """τ_t = value."""
+
+    type: Literal["constant"] = "constant"
+    value: float = Field(default=0.2, ge=0, le=1)
+    """τ."""
+
+
+class MixIn(Config):
+    """The token comes from the teacher with probability alpha (MiniLLM)."""
+
+    type: Literal["mix_in"] = "mix_in"
+    alpha: float = Field(default=0.2, ge=0, le=1)
+    """Probability of the teacher."""
+
+
+class RandomTeacher(Config):
+    """The teacher writes at random."""
+
+    type: Literal["random_teacher"] = "random_teacher"
+    probability: float = Field(default=0.5, ge=0, le=1)
+    """Probability of the teacher."""
+
+
+class Adaptive(Config):
+    """The teacher writes the rest once KL(p‖q) exceeds a multiple of its running mean (after AdaSwitch)."""
+
+    type: Literal["adaptive"] = "adaptive"
+    factor: float = Field(default=3.0, gt=1)
+    """K."""
+    window: int = Field(default=8, ge=1)
+    """Positions of the running mean."""
+
+
+Gate = Annotated[
+    ExponentialDecay | Linear | ExponentialGrowth | Constant | MixIn | RandomTeacher | Adaptive,
+    Field(discriminator="type"),
+]
+
+
+class Divergence(Config):
+    """D(p‖q): p is the teacher, q the student."""
+
+    name: Literal["forward_kl", "reverse_kl", "skewed_kl", "skewed_reverse_kl", "jsd", "total_variation"] = (
+        "skewed_reverse_kl"
+    )
+    """Which member of the family."""
+    alpha: float = Field(default=0.1, ge=0, lt=1)
+    """Skew."""
+    beta: float = Field(default=0.5, ge=0, le=1)
+    """JSD's weight of the teacher."""
+
+
+class OnText(Config):
+    """A method that reads annotated rows only."""
+
+    compares: ClassVar[bool] = False
+    on_policy_share: ClassVar[float] = 0.0
+    max_new_tokens: ClassVar[int] = 0
+
+
+class OnPolicy(Config):
+    """A method that rolls out."""
+
+    compares: ClassVar[bool] = True
+    on_policy_share: float = Field(default=0.5, ge=0, le=1)
+    """Probability that a sequence of a batch is rolled out; the others are annotated rows."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Longest rollout."""
+    temperature: float = Field(default=1.0, gt=0, le=2)
+    """Sampling temperature of rollouts."""
+
+
+class Sft(OnText):
+    """Cross entropy on annotated text."""
+
+    type: Literal["sft"] = "sft"
+
+
+class Seqkd(OnText):
+    """Sequence-level distillation (Kim and Rush 2016): cross entropy on text the teacher sampled. Here all annotated
+    text is; the name is kept apart for readers of reports."""
+
+    type: Literal["seqkd"] = "seqkd"
+
+
+class Kd(OnText):
+    """Word-level distillation: KL(p‖q) on annotated text, mixed with cross entropy if asked."""
+
+    compares: ClassVar[bool] = True
+    type: Literal["kd"] = "kd"
+    cross_entropy_share: float = Field(default=0.0, ge=0, le=1)
+    """Weight of the cross entropy; KL(p‖q) has the rest. MiniLLM's code has 0.5."""
+
+
+class Imitkd(OnPolicy):
+    """ImitKD (Lin et al. 2020): KL(p‖q) on text the student sampled."""
+
+    type: Literal["imitkd"] = "imitkd"
+    on_policy_share: float = Field(default=1.0, ge=0, le=1)
+    """Probability that a sequence of a batch is rolled out; the others are annotated rows."""
+
+
+class Gkd(OnPolicy):
+    """GKD (Agarwal et al. 2024): generalised JSD on text that is sampled by the student or annotated."""
+
+    type: Literal["gkd"] = "gkd"
+    divergence: Divergence = Divergence(name="jsd")
+    """What is minimised."""
+
+
+class Switch(OnPolicy):
+    """SWITCH (Koo et al. 2025): the student writes, the teacher intervenes, and a divergence is minimised on the mixed
+    sequences and on annotated ones."""
+
+    type: Literal["switch"] = "switch"
+    gate: Gate = ExponentialDecay()
+    """When the teacher writes the token."""
+    jsd_log_base: float = Field(default=2.0, gt=1)
+    """Base of the Jensen-Shannon divergence that the gate compares with its threshold."""
+    divergence: Divergence = Divergence()
+    """What is minimised."""
+    decoder: Literal["blockwise", "reference"] = "blockwise"
+    """Both write the same tokens; ``reference`` asks both models for every one."""
+    block: int | None = Field(default=None, ge=1)
+    """Tokens that ``blockwise`` drafts at once. Absent: by measured speed, so two runs differ in rounding."""
+
+
+Method = Annotated[Sft | Seqkd | Kd | Imitkd | Gkd | Switch, Field(discriminator="type")]
