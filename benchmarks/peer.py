@@ -37,8 +37,7 @@ def trl(command: str, **options: Any) -> dict[str, Any]:
     done = subprocess.run(
         [str(environment()), str(SCRIPT), command],
         input=json.dumps(options),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )

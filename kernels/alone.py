@@ -1,4 +1,4 @@
-"""Rollouts that one model writes by itself: what GKD and its relatives train on. Same noise, rules and record as SWITCH.
+"""Rollouts that one model writes by itself: what GKD and its relatives train on. Noise, rules and record are SWITCH's.
 
 Shapes: N sequences, B rows still running, V vocabulary.
 """
