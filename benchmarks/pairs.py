@@ -96,14 +96,15 @@ def load(folder: Path) -> Any:
     return load_model(folder, "float32")
 
 
-def prune(teacher: Path, folder: Path) -> Path:
+def prune(teacher: Path, folder: Path, chosen: list[int]) -> Path:
+    """These layers of the teacher as a model folder."""
     if not (folder / "config.json").exists():
         model = load(teacher)
         layers = model.model.layers
-        model.model.layers = torch.nn.ModuleList([layers[index] for index in LAYERS])
-        model.config.num_hidden_layers = len(LAYERS)
+        model.model.layers = torch.nn.ModuleList([layers[index] for index in chosen])
+        model.config.num_hidden_layers = len(chosen)
         if getattr(model.config, "layer_types", None):
-            model.config.layer_types = [model.config.layer_types[index] for index in LAYERS]
+            model.config.layer_types = [model.config.layer_types[index] for index in chosen]
         model.save_pretrained(folder)
         from infra.models import load_tokenizer
 
@@ -114,7 +115,7 @@ def prune(teacher: Path, folder: Path) -> Path:
 def raw_pair() -> Pair:
     """SmolLM2 and its pruned student, both untouched."""
     teacher = smollm2(CACHE / "smollm2")
-    return Pair(teacher, {0: prune(teacher, CACHE / "pruned")})
+    return Pair(teacher, {0: prune(teacher, CACHE / "pruned", LAYERS)})
 
 
 def templated_pair() -> Pair:

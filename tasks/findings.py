@@ -134,7 +134,7 @@ def training(store: Store, manifests: Manifests, name: str, title: str, config: 
     if not len(steps["loss"]):
         return []
     facts = manifests[name].facts
-    note = "Faint: single steps. Bold: their running mean. Validation rows are kept annotations set aside."
+    note = "Faint: single steps. Bold: their running mean. Validation: the same loss on kept annotations set aside."
     progress = (facts.get("start_validation_loss"), facts.get("best_step"))
     figures = [finding(f"{title}: loss", note, plots.training, steps, *progress, size=TALL, **STRIP)]
     positions = columns(store, manifests, [name], "positions", ["position", "emitted", "interventions", "agreeing"])

@@ -109,7 +109,7 @@ STEP = pa.schema(
         ("loss", pa.float32()),  # nats per response token of the global batch
         ("loss_on_policy", pa.float32()),
         ("loss_off_policy", pa.float32()),
-        ("validation_loss", pa.float32()),  # cross entropy, nats per response token; only at validation steps
+        ("validation_loss", pa.float32()),  # the stage's own loss on rows set aside; only at validation steps
         ("learning_rate", pa.float32()),
         ("gradient_norm", pa.float32()),
         ("tokens", pa.int64()),  # response tokens of the step
