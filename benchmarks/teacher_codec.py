@@ -195,7 +195,7 @@ def main() -> None:
             table[setting].setdefault(student, {})[name] = figures
             bias, error = figures["bias_nats"], figures["standard_error_nats"]
             print(
-                f"{setting:<14} {size[setting] / count:6.1f} B  {student:<5} {name:<18} bias {bias:+.4f} ± {error:.4f} nats "
+                f"{setting:<14} {size[setting] / count:6.1f} B  {student:<5} {name:<18} bias {bias:+.4f} ± {error:.4f} "
                 f"({figures['relative_error']:.1%})  gradient {figures['gradient_error_by_position']:.1%}, of the sum "
                 f"{figures['gradient_error_of_sum']:.1%}"
             )

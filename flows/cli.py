@@ -114,10 +114,7 @@ def run(
         from flows.distill import distill
         from flows.record import outcome
 
-        up = running_local()
-        if up and not settings.resources.ray_address:
-            resources = settings.resources.model_copy(update={"ray_address": up.ray_address})
-            settings = settings.model_copy(update={"resources": resources})
+        settings = on_running_cluster(settings)
         with terminal():
             state = distill(settings, root, from_, return_state=True)
         record = ended(state, settings, root)
@@ -131,6 +128,15 @@ def run(
         raise typer.Abort
     if result["state"] != "Completed":
         raise typer.Exit(1)
+
+
+def on_running_cluster(settings: RunConfig) -> RunConfig:
+    """The settings with the Ray head of ``switchyard up``, if it runs and they name no other."""
+    up = running_local()
+    if not up or settings.resources.ray_address:
+        return settings
+    resources = settings.resources.model_copy(update={"ray_address": up.ray_address})
+    return settings.model_copy(update={"resources": resources})
 
 
 def ended(state: Any, settings: RunConfig, root: str) -> "RunRecord":
@@ -158,18 +164,47 @@ def show_result(result: dict[str, Any]) -> None:
 
 
 @app.command()
-def plan(config: ConfigFile, root: Root = "runs/default", set_: Set = None, json_: Json = False) -> None:
-    """Say what a run would do, what is done already, what it would cost, and what stands in its way. Starts nothing."""
+def plan(
+    config: ConfigFile,
+    root: Root = "runs/default",
+    set_: Set = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also load the models and compare engines with training on a few answers.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Say what a run would do, what is done already, what it would cost, and what stands in its way. Starts nothing,
+    unless --deep asks for it."""
     from flows.plan import plan_run
     from flows.tables import plan_table
 
     settings = read_config(config, set_)
     found = plan_run(settings, root)
     console.print(plan_table(found))
+    facts = found.facts()
+    if deep and not found.problems:
+        facts["parity"] = deep_parity(settings, root)
     if json_:
-        print(json.dumps(found.facts()), flush=True)
+        print(json.dumps(facts), flush=True)
     if found.problems:
         raise UserError(found.problems)
+
+
+def deep_parity(settings: RunConfig, root: str) -> dict[str, Any]:
+    """Run the deep check; its figures by role. UserError where they are past the tolerance."""
+    with prefect_server(root) as ready:
+        ready()
+        from flows.deep import deep_check
+        from flows.display import terminal
+        from flows.tables import parity_table
+
+        with terminal():
+            state: Any = deep_check(on_running_cluster(settings), root, return_state=True)
+    if not state.is_completed():
+        raise UserError([state.message])
+    found: dict[str, Any] = state.result()
+    console.print(parity_table(found))
+    return found
 
 
 @app.command()

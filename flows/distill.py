@@ -27,25 +27,10 @@ def identities(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
-    """All stages in order; returns the report's manifest. Planned and run by the same lines."""
+def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
+    """Models and prompts, which everything else starts from."""
     config, stage = pipeline.config, pipeline.stage
     plain = config.model_dump(mode="json")
-    budget, signals, shard_size = config.budget, config.signals, config.sampling.shard_size
-    template_args = config.models.chat_template_args
-    shared = {"shard_size": shard_size, "template_args": template_args}
-
-    def annotate(name: str, table: str, prompts: str) -> str:
-        """The teacher answers."""
-        settings = {"role": "teacher", "engine": "teacher", "table": table, "sampling": plain["sampling"]["teacher"]}
-        return stage(name, "tasks.sample", {**settings, **shared, "seed": config.seed}, models=models, prompts=prompts)
-
-    def keep(name: str, table: str, prompts: str, samples: str) -> str:
-        """The TA scores the teacher's answers; a rule keeps or drops them."""
-        settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": plain["signals"]["keep"]}
-        return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples)
-
-    # Prepare: models that load anywhere; prompts that are whole, new and apart from the held-out ones.
     models = stage("models", "tasks.models", {"models": plain["models"], "identities": found["models"]})
     prompts = stage(
         "prompts",
@@ -54,13 +39,38 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "prompts": plain["prompts"],
             "identities": found["sources"],
             "seed": config.seed,
-            "warmup": budget.warmup_queries,
-            "queries": budget.queries,
-            "candidates": signals.candidates,
-            "chat_template_args": template_args,
+            "warmup": config.budget.warmup_queries,
+            "queries": config.budget.queries,
+            "candidates": config.signals.candidates,
+            "chat_template_args": config.models.chat_template_args,
         },
         models=models,
     )
+    return models, prompts
+
+
+def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
+    """All stages in order; returns the report's manifest. Planned and run by the same lines."""
+    config, stage = pipeline.config, pipeline.stage
+    plain = config.model_dump(mode="json")
+    budget, shard_size = config.budget, config.sampling.shard_size
+    template_args, compares = config.models.chat_template_args, config.train.method.compares
+    shared = {"shard_size": shard_size, "template_args": template_args}
+
+    def annotate(name: str, table: str, prompts: str) -> str:
+        """The teacher answers."""
+        settings = {"role": "teacher", "engine": "teacher", "table": table, "sampling": plain["sampling"]["teacher"]}
+        kept = {"logprobs": compares, "distributions": plain["sampling"]["distributions"]}
+        settings |= {**kept, **shared, "seed": config.seed}
+        return stage(name, "tasks.sample", settings, models=models, prompts=prompts)
+
+    def keep(name: str, table: str, prompts: str, samples: str) -> str:
+        """The TA scores the teacher's answers; a rule keeps or drops them."""
+        settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": plain["signals"]["keep"]}
+        return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples)
+
+    # Prepare: models that load anywhere; prompts that are whole, new and apart from the held-out ones.
+    models, prompts = prepare(pipeline, found)
 
     # Warm up: a small share of the budget on random prompts makes a student whose signals mean something.
     warmup_samples = annotate("warmup-annotate", "warmup", prompts)
@@ -83,6 +93,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "weights": "warmup-train",
             "table": "candidates",
             "sampling": plain["sampling"]["student"],
+            "logprobs": compares,
             "seed": config.seed,
             **shared,
         },
@@ -117,6 +128,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "train": plain["train"],
             "seed": config.seed,
             "student_input": "warmup-train",
+            "samples": {"teacher": "annotate", "student": "student-sample"} if compares else {},
             "rows": ["warmup-keep", "keep"],
             "stage_name": "train",
             "online_teacher_tokens": budget.online_teacher_tokens,
@@ -125,6 +137,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         warmup_train=warmup,
         warmup_keep=warmup_kept,
         keep=kept,
+        **({"annotate": samples, "student_sample": student_samples} if compares else {}),
     )
 
     # Evaluate: base and teacher once and for all; warmed-up and final student with every change.

@@ -89,7 +89,7 @@ def estimate(config: RunConfig) -> Estimate:
         tokens = int(settings.steps * settings.batch_size * settings.max_length * FILL)
         flops = 6 * student * tokens
         method = settings.method
-        if method.compares:
+        if method.asks_teacher:
             flops += 2 * teacher * tokens
         rollout = method.on_policy_share * settings.steps * settings.batch_size * method.max_new_tokens * FILL
         asked = teacher if method.type == "switch" else 0
@@ -120,7 +120,8 @@ def estimate(config: RunConfig) -> Estimate:
         for role in ("teacher", "assistant", "student")
     }
     engines = sum(size * width / GIB + PROCESS_GIB + config.engines.teacher.kv_cache_gib for size in serving.values())
-    training = (16 * student + width * teacher) / GIB + 2 * PROCESS_GIB
+    beside = teacher if config.train.method.asks_teacher else 0
+    training = (16 * student + width * beside) / GIB + 2 * PROCESS_GIB
     result.memory_gib = SERVICES_GIB + (
         max(engines, training) if config.resources.release_engines else engines + training
     )

@@ -61,9 +61,9 @@ class Runner(Pipeline):
         self._closed = threading.Event()
 
     @classmethod
-    def open(cls, config: RunConfig, root: str, redo_from: str | None = None) -> "Runner":
-        """The run of these settings, new or continued."""
-        store, run = open_store(root), run_id(config)
+    def open(cls, config: RunConfig, root: str, redo_from: str | None = None, suffix: str = "") -> "Runner":
+        """The run of these settings, new or continued; a ``suffix`` names another run of the same settings."""
+        store, run = open_store(root), run_id(config) + suffix
         known = load_record(store, run)
         redo = dict(known.redo) if known else {}
         if redo_from:

@@ -9,11 +9,10 @@ from typing import Any
 
 from infra.store import Store, open_store
 from tasks.config import RunConfig
-from tasks.config.models import EngineConfig
 from tasks.stage import Runtime, StageSpec
 
 # Raised when a stage's code changes what it writes: older results are then made again.
-STAGE_VERSIONS: dict[str, int] = {}
+STAGE_VERSIONS: dict[str, int] = {"tasks.sample": 2, "tasks.keep": 2, "tasks.train": 2}
 
 
 class Pipeline(ABC):
@@ -58,16 +57,17 @@ def on_gpu(config: RunConfig) -> bool:
 
 def runtime(config: RunConfig, run: str) -> Runtime:
     """Where stages run and how models are served."""
-    gpu = on_gpu(config)
+    gpu, kept = on_gpu(config), config.sampling.distributions
 
-    def engine(settings: EngineConfig) -> dict[str, Any]:
-        own = settings.model_dump(mode="json")
-        return {**own, "gpu": gpu, "seed": config.seed}
+    def engine(role: str) -> dict[str, Any]:
+        own = getattr(config.engines, role).model_dump(mode="json")
+        most = {"max_logprobs": kept.limit} if kept and role == "teacher" else {}
+        return {**own, **most, "gpu": gpu, "seed": config.seed}
 
     return Runtime(
         run=run,
         namespace=f"switchyard-{run}",
-        engines={role: engine(getattr(config.engines, role)) for role in ("teacher", "assistant", "student")},
+        engines={role: engine(role) for role in ("teacher", "assistant", "student")},
         workers=config.resources.train_workers,
         gpus_per_worker=config.resources.gpus_per_worker if gpu else 0,
         release_engines=config.resources.release_engines,

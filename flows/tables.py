@@ -57,6 +57,15 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def parity_table(found: dict[str, Any]) -> Table:
+    table = Table(title="engine against training model, nats a token", title_justify="left")
+    for name in ("model", "mean", "largest", "tokens"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for role, gap in found.items():
+        table.add_row(role, f"{gap['mean']:.2g}", f"{gap['largest']:.2g}", str(gap["tokens"]))
+    return table
+
+
 def duration(seconds: float) -> str:
     """Two significant places: an estimate pretends no more."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):

@@ -32,6 +32,7 @@ class EngineSpec(BaseModel):
     threads: int = 0
     gpu: bool = False
     seed: int = 0
+    max_logprobs: int = 20
     vllm: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -83,6 +84,7 @@ class Engine:
             # On CPU, chunked prefill and per-request seeds crash together: no prompt may be split there.
             max_num_batched_tokens=max(self.spec.max_model_len, 4096),
             seed=self.spec.seed,
+            max_logprobs=self.spec.max_logprobs,
             enforce_eager=not self.spec.gpu,
             disable_log_stats=True,
             **memory,
@@ -122,13 +124,17 @@ class Engine:
         top_p: float,
         max_tokens: int,
         logprobs: bool = False,
+        best_tokens: int = 0,
         template_args: dict[str, Any] | None = None,
     ) -> pa.Table:
         """One response per conversation and seed, conversation-major. Columns: conversation (index), seed,
-        prompt_token_ids, token_ids, text, finish_reason, logprob (nats; null unless asked)."""
+        prompt_token_ids, token_ids, text, finish_reason; and null unless asked: logprob and token_logprobs (nats, at
+        temperature 1), and best_ids and best_logprobs, flat: so many likeliest tokens (at most ``max_logprobs``) of one
+        position after the other."""
         from vllm import SamplingParams
 
         self.load(ModelRef.model_validate(model))
+        asked = best_tokens or (0 if logprobs else None)
         prompts, parameters, index = [], [], []
         for number, (conversation, own_seeds) in enumerate(zip(conversations, seeds, strict=True)):
             token_ids = self._tokens(conversation, template_args or {})
@@ -141,7 +147,8 @@ class Engine:
                         top_p=top_p,
                         max_tokens=max_tokens,
                         seed=seed % (1 << 31) if temperature > 0 else None,
-                        logprobs=0 if logprobs else None,
+                        logprobs=asked,
+                        flat_logprobs=True,
                         detokenize=False,
                     )
                 )
@@ -157,6 +164,17 @@ class Engine:
                 "text": pa.array(self.tokenizer.batch_decode(written, skip_special_tokens=True), pa.string()),
                 "finish_reason": pa.array([completion.finish_reason for completion in completions], pa.string()),
                 "logprob": pa.array([c.cumulative_logprob if logprobs else None for c in completions], pa.float32()),
+                "token_logprobs": pa.array(
+                    [chosen(c.logprobs) if logprobs else None for c in completions], pa.list_(pa.float32())
+                ),
+                "best_ids": pa.array(
+                    [best(c.logprobs, c.logprobs.token_ids) if best_tokens else None for c in completions],
+                    pa.list_(pa.int32()),
+                ),
+                "best_logprobs": pa.array(
+                    [best(c.logprobs, c.logprobs.logprobs) if best_tokens else None for c in completions],
+                    pa.list_(pa.float32()),
+                ),
             }
         )
 
@@ -231,3 +249,17 @@ class Engine:
             means.append(total / max(1, len(response)))
             counts.append(len(response))
         return means, counts
+
+
+def chosen(read: Any) -> list[float]:
+    """Log-probabilities of the tokens written, from vLLM's flat list: each position's first entry."""
+    return [read.logprobs[start] for start in read.start_indices]
+
+
+def best(read: Any, values: list[Any]) -> list[Any]:
+    """Of ids or log-probabilities in vLLM's flat list, the best tokens: all but each position's first."""
+    return [
+        value
+        for start, end in zip(read.start_indices, read.end_indices, strict=True)
+        for value in values[start + 1 : end]
+    ]

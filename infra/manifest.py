@@ -127,7 +127,11 @@ def record_path(folder: str, table: str, shard: int) -> str:
 def commit_part(store: Store, folder: str, table: str, shard: int, rows: pa.Table) -> Part:
     """Write a part and its commit record; where the shard is recorded already, the recorded part is the result."""
     buffer = io.BytesIO()
-    pq.write_table(rows, buffer, compression="zstd", row_group_size=ROW_GROUP)
+    # Bytes are compressed already: a dictionary and statistics of them would double them.
+    plain = [field.name for field in rows.schema if not pa.types.is_binary(field.type)]
+    pq.write_table(
+        rows, buffer, compression="zstd", row_group_size=ROW_GROUP, use_dictionary=plain, write_statistics=plain
+    )
     data = buffer.getvalue()
     digest = hashlib.sha256(data).hexdigest()
     path = f"{folder}/{table}/part-{shard:05d}-{digest[:16]}.parquet"

@@ -38,14 +38,22 @@ class Data:
 
 
 def read_data(
-    store: Store, inputs: list[Manifest], *, seed: int, validation_share: float, max_length: int, max_new_tokens: int
+    store: Store,
+    inputs: list[Manifest],
+    *,
+    seed: int,
+    validation_share: float,
+    max_length: int,
+    max_new_tokens: int,
+    stored: bool = False,
 ) -> Data:
-    """Kept rows and charged prompts of all inputs; ``max_new_tokens`` 0: the method starts no rollouts.
+    """Kept rows and charged prompts of all inputs; ``max_new_tokens`` 0: the method starts no rollouts; ``stored``:
+    rows bring the teacher's distributions along.
 
     The side of a prompt, training or validation, is drawn by its id and the seed: all its rows fall on one side, in
     every stage of a run, and no rollout starts from a validation prompt.
     """
-    kept = _concat(store, inputs, "kept", KEPT, KEPT_COLUMNS)
+    kept = _concat(store, inputs, "kept", KEPT, [*KEPT_COLUMNS, "distributions"] if stored else KEPT_COLUMNS)
     prompt_T, response_T = (pc.list_value_length(kept[name]) for name in ("prompt_token_ids", "token_ids"))
     short = pc.less_equal(pc.add(prompt_T, response_T), max_length)
     empty = pc.equal(pc.multiply(prompt_T, response_T), 0)
@@ -102,7 +110,8 @@ class Order:
 
 @dataclass(frozen=True)
 class Sequence:
-    """A prompt and a response. ``teacher_hidden_TG``: what the teacher's projection saw at each response position."""
+    """A prompt and a response. ``teacher_hidden_TG``: what the teacher's projection saw at each response position;
+    ``distributions``: the teacher's there, as the annotation kept them."""
 
     name: str
     prompt: Tensor
@@ -110,6 +119,7 @@ class Sequence:
     weight: float = 1.0
     on_policy: bool = False
     teacher_hidden_TG: Tensor | None = None
+    distributions: bytes | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -118,7 +128,7 @@ class Sequence:
 def row_sequence(rows: pa.Table, index: int) -> Sequence:
     row = rows.slice(index, 1).to_pylist()[0]
     prompt, response = torch.tensor(row["prompt_token_ids"]), torch.tensor(row["token_ids"])
-    return Sequence(row["row_id"], prompt, response, row["weight"])
+    return Sequence(row["row_id"], prompt, response, row["weight"], distributions=row.get("distributions"))
 
 
 def prompt_of(prompts: pa.Table, index: int) -> tuple[str, Tensor]:

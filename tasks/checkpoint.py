@@ -48,6 +48,7 @@ class State:
     best: Best | None = None
     finished: bool = False
     peak_bytes: int = 0
+    parity: dict[str, dict[str, float]] = field(default_factory=dict)  # by role: engine against training model
     data: dict[str, int] = field(default_factory=dict)  # rows and prompts, used and left out
     seconds: dict[str, float] = field(default_factory=dict)
     positions: list[list[int]] = field(default_factory=list)  # emitted, interventions, agreeing, cuts; by position

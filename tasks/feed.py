@@ -44,6 +44,7 @@ class Feed:
             validation_share=config.validation_share,
             max_length=config.max_length,
             max_new_tokens=method.max_new_tokens,
+            stored=method.stored,
         )
         if not data.rows.num_rows:
             raise ValueError(

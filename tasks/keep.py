@@ -135,6 +135,7 @@ def filter_shard(
                     "prompt_token_ids": sample["prompt_token_ids"],
                     "token_ids": sample["token_ids"],
                     "weight": confidence if keep.rule == "weight" else 1.0,
+                    "distributions": sample["distributions"],
                 }
             )
     charged = {

@@ -29,6 +29,7 @@ from tasks.batches import Sequence, collate, micro_batches, row_sequence
 from tasks.checkpoint import Best, State, load, load_state, save, save_state
 from tasks.feed import Draw, Feed
 from tasks.methods import method_of
+from tasks.parity import check
 from tasks.plan import Plan
 from tasks.student import Student, World, check_projection, export, full
 
@@ -42,9 +43,10 @@ class Loop:
         self.origin = local_folder(store, plan.student)
         self.student = Student(self.origin, plan.train, world, seed=plan.seed, sharded=plan.sharded)
         teacher, vocabulary = None, plan.student.vocab_size
-        if plan.teacher:
+        if plan.teacher and plan.loads_teacher:
             teacher = load_model(local_folder(store, plan.teacher), plan.dtype).to(world.device).requires_grad_(False)
             check_projection(teacher, "teacher")
+        if plan.teacher:
             vocabulary = min(vocabulary, plan.teacher.vocab_size)
         self.method = method_of(self.config.method, teacher, vocabulary)
         self.feed = Feed(plan, self.method)
@@ -191,6 +193,7 @@ def start(plan: Plan, world: World, resume: Path | None) -> Loop | None:
         loop.state = load(resume, loop.student, loop.optimizer)
         loop.saved_at = loop.state.step
     else:
+        loop.state.parity = check(plan, loop.method.teacher, loop.student)
         loop.state.start_loss = loop.validate()
     return loop
 

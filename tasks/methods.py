@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kernels import decode, gate
+from kernels.codec import decode as decode_rows
 from kernels.divergence import Divergence, named
-from kernels.fused import fused_cross_entropy, fused_divergence
+from kernels.fused import fused_cross_entropy, fused_divergence, fused_topk_divergence
 from kernels.rollout import Rollout
 from kernels.rules import Role
 from tasks.batches import Batch, Sequence, collate
@@ -28,6 +29,8 @@ class Method:
 
     on_policy_share = 0.0
     max_new_tokens = 0
+    teacher: Any = None
+    stored = False  # whether annotated rows bring the teacher's distributions along
 
     def loss(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
         """(Σ weight · loss, loss by position) in nats; ``batch`` is the collated ``sequences``."""
@@ -45,23 +48,61 @@ def cross_entropy(hidden_NH: Tensor, head: Head, batch: Batch) -> Loss:
 
 
 class Divergent(Method):
-    """D(p, q) at every response position of each sequence, the teacher's side from its hidden states: a rollout brings
-    them along, for other sequences the teacher reads the sequence once.
+    """D(p, q) at every response position of each sequence.
 
-    Where the models' logits are padded to unequal widths, both are cut to the ids they share.
+    The teacher's side comes from its hidden states, which a rollout brings along; other sequences it reads once. With
+    ``stored``, that of annotated rows comes from their compressed distributions, and without rollouts the teacher may
+    be None. Where the models' logits are padded to unequal widths, both are cut to the ids they share.
     """
 
-    def __init__(self, teacher: Any, divergence: Divergence, vocabulary: int) -> None:
-        self.teacher, self.divergence, self.vocabulary = teacher, divergence, vocabulary
+    def __init__(self, teacher: Any, divergence: Divergence, vocabulary: int, stored: bool = False) -> None:
+        self.teacher, self.divergence, self.vocabulary, self.stored = teacher, divergence, vocabulary, stored
 
     def loss(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
+        if not self.stored:
+            return self._live(hidden_NH, head, batch.weights_N, sequences)
+        live_N = batch.on_policy_N
+        losses_N = torch.zeros_like(batch.weights_N, dtype=hidden_NH.dtype)
+        total = hidden_NH.sum() * 0.0  # a batch without one of the two still has a gradient
+        for part, where_N, divergence in ((True, live_N, self._live), (False, ~live_N, self._from_stored)):
+            chosen = [sequence for sequence in sequences if sequence.on_policy is part]
+            if chosen:
+                loss, part_N = divergence(hidden_NH[where_N], head, batch.weights_N[where_N], chosen)
+                total, losses_N[where_N] = total + loss, part_N.to(losses_N.dtype)
+        return total, losses_N
+
+    def _from_stored(self, hidden_NH: Tensor, head: Head, weights_N: Tensor, sequences: list[Sequence]) -> Loss:
+        missing = [sequence.name for sequence in sequences if sequence.distributions is None]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} rows have no stored distributions ({missing[0]} first): set sampling.distributions"
+            )
+        rows = decode_rows([sequence.distributions for sequence in sequences if sequence.distributions])
+        if rows.ids_NK.max() >= self.vocabulary:
+            raise ValueError(f"stored distributions name tokens beyond the {self.vocabulary} that both models share")
+        q, device = head.first(self.vocabulary), hidden_NH.device
+        sampled = rows.importance_NK is not None
+        return fused_topk_divergence(
+            hidden_NH,
+            q.weight_VH,
+            rows.ids_NK.to(device),
+            rows.logprobs_NK.to(device),
+            None if sampled else rows.log_tail_N.to(device),
+            weights_N,
+            self.divergence,
+            importance_NK=rows.importance_NK.to(device) if rows.importance_NK is not None else None,
+            student_bias_V=q.bias_V,
+            student_softcap=q.softcap,
+        )
+
+    def _live(self, hidden_NH: Tensor, head: Head, weights_N: Tensor, sequences: list[Sequence]) -> Loss:
         q, p = head.first(self.vocabulary), head_of(self.teacher).first(self.vocabulary)
         return fused_divergence(
             hidden_NH,
             q.weight_VH,
             self.teacher_hidden(sequences),
             p.weight_VH,
-            batch.weights_N,
+            weights_N,
             self.divergence,
             student_bias_V=q.bias_V,
             teacher_bias_V=p.bias_V,
@@ -91,7 +132,7 @@ class Kd(Divergent):
     """KL(p ‖ q) on annotated rows, with a share of cross entropy."""
 
     def __init__(self, settings: config.Kd, teacher: Any, vocabulary: int) -> None:
-        super().__init__(teacher, named("forward_kl"), vocabulary)
+        super().__init__(teacher, named("forward_kl"), vocabulary, settings.annotated == "stored")
         self.cross_entropy_share = settings.cross_entropy_share
 
     def loss(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
@@ -107,7 +148,8 @@ class OnPolicy(Divergent):
     """D(p ‖ q) on what the student writes by itself, mixed with annotated rows: ImitKD, GKD."""
 
     def __init__(self, settings: config.OnPolicy, teacher: Any, vocabulary: int, divergence: config.Divergence) -> None:
-        super().__init__(teacher, named(divergence.name, alpha=divergence.alpha, beta=divergence.beta), vocabulary)
+        family = named(divergence.name, alpha=divergence.alpha, beta=divergence.beta)
+        super().__init__(teacher, family, vocabulary, settings.annotated == "stored")
         self.on_policy_share, self.max_new_tokens = settings.on_policy_share, settings.max_new_tokens
         self.sampling = decode.Sampling(settings.temperature)
 

@@ -39,6 +39,7 @@ def summary(state: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any
         "best_validation_loss": best.get("loss"),
         "best_step": best.get("step"),
         "data": state["data"],
+        "parity": state["parity"],
         "seconds": state["seconds"],
         "peak_memory_bytes": state["peak_bytes"],
     }

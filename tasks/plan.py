@@ -12,8 +12,10 @@ class Plan(BaseModel):
     root: str
     rows: list[str]  # manifests with tables ``kept`` and ``charged``
     student: ModelRef
-    teacher: ModelRef | None
+    teacher: ModelRef | None  # whose distributions are learned
+    loads_teacher: bool = True  # False: all of them were stored with the rows
     train: TrainConfig
+    samples: dict[str, str] = {}  # by role: manifest of what its engine wrote with these very weights
     seed: int
     stage_name: str
     online_teacher_tokens: int | None = None

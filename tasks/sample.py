@@ -4,6 +4,7 @@ python -m tasks.sample --spec SPEC.json
 """
 
 import hashlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +17,12 @@ from infra.manifest import fingerprint, read_part
 from infra.models import ModelRef
 from tasks import schemas
 from tasks.config.base import Config
-from tasks.config.signals import Sampling
+from tasks.config.signals import Distributions, Sampling
 from tasks.engines import Call, engines, model_of
 from tasks.stage import Stage, main
+
+# Columns that engines fill.
+ANSWER = ("prompt_token_ids", "token_ids", "text", "finish_reason", "logprob", "token_logprobs")
 
 
 class SampleSettings(Config):
@@ -32,6 +36,8 @@ class SampleSettings(Config):
     """Input manifest whose ``student`` is answered with; the engine's own model where absent."""
     table: str
     """Table of the input ``prompts``."""
+    limit: int | None = None
+    """Only so many of its prompts."""
     sampling: Sampling
     """Temperature, nucleus, length, responses per prompt."""
     seed: int = 0
@@ -40,17 +46,23 @@ class SampleSettings(Config):
     """Prompts of one shard."""
     logprobs: bool = False
     """Ask for log-probabilities."""
+    distributions: Distributions | None = None
+    """Keep the model's distributions at every response position."""
     template_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template."""
 
 
-def slices(stage: Stage[Any], name: str, table: str, size: int) -> Iterator[tuple[int, pa.Table]]:
-    """An input table cut into numbered shards of at most ``size`` rows; the same cut whenever it is made."""
-    shard = 0
+def slices(
+    stage: Stage[Any], name: str, table: str, size: int, limit: int | None = None
+) -> Iterator[tuple[int, pa.Table]]:
+    """An input table, or its first rows, cut into numbered shards of at most ``size`` rows; the same cut whenever it is
+    made."""
+    shard, left = 0, sys.maxsize if limit is None else limit
     for part in stage.read(name, table):
-        for start in range(0, part.num_rows, size):
-            yield shard, part.slice(start, size)
+        for start in range(0, min(left, part.num_rows), size):
+            yield shard, part.slice(start, min(size, left - start))
             shard += 1
+        left -= min(left, part.num_rows)
 
 
 def sample_seed(*parts: Any) -> int:
@@ -82,9 +94,30 @@ def sample_rows(answers: pa.Table, prompt_ids: list[str], model: ModelRef, setti
         "revision": [model.revision] * rows,
         "sample_index": indices,
         "seed": seeds,
-        **{name: answers[name] for name in ("prompt_token_ids", "token_ids", "text", "finish_reason", "logprob")},
+        **{name: answers[name] for name in ANSWER},
+        "distributions": encoded(answers, settings.distributions, model.vocab_size),
     }
     return pa.table(columns, schema=schemas.SAMPLE)
+
+
+def encoded(answers: pa.Table, settings: Distributions | None, vocabulary: int) -> list[bytes | None]:
+    """Each answer's distributions as the column keeps them; nulls where they are not asked for."""
+    if settings is None:
+        return [None] * answers.num_rows
+    import torch
+
+    from kernels.codec import encode_topk
+
+    columns = (answers["best_ids"].to_pylist(), answers["best_logprobs"].to_pylist())
+    return [
+        encode_topk(
+            torch.tensor(ids).view(-1, settings.limit),
+            torch.tensor(logprobs).view(-1, settings.limit),
+            vocabulary,
+            **settings.model_dump(),
+        )
+        for ids, logprobs in zip(*columns, strict=True)
+    ]
 
 
 def run(stage: Stage[SampleSettings]) -> None:
@@ -93,11 +126,12 @@ def run(stage: Stage[SampleSettings]) -> None:
     model = model_of(stage, settings.weights, "student") if settings.weights else base
     done = stage.done("samples")
     total = stage.input("prompts").tables[settings.table].rows
+    total = total if settings.limit is None else min(total, settings.limit)
     prompts_done = sum(part.rows for part in done.values()) // sampling.samples
     tokens, began = 0, time.monotonic()
 
     def calls() -> Iterator[tuple[tuple[int, list[str]], Call]]:
-        for shard, prompts in slices(stage, "prompts", settings.table, settings.shard_size):
+        for shard, prompts in slices(stage, "prompts", settings.table, settings.shard_size, settings.limit):
             if shard in done:
                 continue
             prompt_ids = prompts["prompt_id"].to_pylist()
@@ -109,6 +143,7 @@ def run(stage: Stage[SampleSettings]) -> None:
             options: dict[str, Any] = {
                 **sampling.model_dump(exclude={"samples"}),
                 "logprobs": settings.logprobs,
+                "best_tokens": settings.distributions.limit if settings.distributions else 0,
                 "template_args": settings.template_args,
             }
             yield (shard, prompt_ids), Call("generate", arguments, options)

@@ -45,10 +45,10 @@ SAMPLE = pa.schema(
         ("token_ids", pa.list_(pa.int32())),  # the end-of-sequence token included where one was written
         ("text", pa.string()),  # token_ids decoded without special tokens
         ("finish_reason", pa.string()),  # stop | length
-        (
-            "logprob",
-            pa.float32(),
-        ),  # sum of the tokens' log-probabilities under the sampling model, nats; null if not asked
+        # Under the sampling model at temperature 1, nats; null if not asked: their sum, and by token.
+        ("logprob", pa.float32()),
+        ("token_logprobs", pa.list_(pa.float32())),
+        ("distributions", pa.binary()),  # kernels/codec.py, one value a response; null if not asked
     ]
 )
 
@@ -77,6 +77,7 @@ KEPT = pa.schema(
         ("prompt_token_ids", pa.list_(pa.int32())),
         ("token_ids", pa.list_(pa.int32())),
         ("weight", pa.float32()),
+        ("distributions", pa.binary()),  # the teacher's, as in SAMPLE
     ]
 )
 

@@ -8,6 +8,8 @@ Ray Train runs ``tasks/loop.py`` on every worker; this process starts it, shows 
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from infra.models import ModelRef
 from tasks.config.base import Config
 from tasks.config.train import TrainConfig
@@ -31,6 +33,9 @@ class TrainSettings(Config):
     """Input whose manifest names the student: ``models``, or an earlier training stage."""
     teacher: str = "teacher"
     """Key of the teacher in input ``models``; not read by methods that train on text alone."""
+    samples: dict[str, str] = Field(default_factory=dict)
+    """Inputs with samples of the ``teacher`` and of the ``student`` this stage starts from: engines are compared with
+    the training models on them."""
     rows: list[str]
     """Inputs with tables ``kept`` and ``charged``."""
     stage_name: Literal["warmup", "train"]
@@ -67,7 +72,9 @@ def plan_of(stage: Stage[TrainSettings]) -> Plan:
         rows=[stage.input(name).path for name in settings.rows],
         student=student,
         teacher=teacher,
+        loads_teacher=settings.train.method.asks_teacher,
         train=settings.train,
+        samples={role: stage.input(name).path for role, name in settings.samples.items()},
         seed=settings.seed,
         stage_name=settings.stage_name,
         online_teacher_tokens=settings.online_teacher_tokens,

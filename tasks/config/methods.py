@@ -95,23 +95,42 @@ class Divergence(Config):
 
 
 class OnText(Config):
-    """A method that reads annotated rows only."""
+    """A method that reads annotated text only."""
 
     compares: ClassVar[bool] = False
+    asks_teacher: ClassVar[bool] = False
     on_policy_share: ClassVar[float] = 0.0
     max_new_tokens: ClassVar[int] = 0
 
 
-class OnPolicy(Config):
-    """A method that rolls out."""
+class Compares(Config):
+    """A method that compares distributions."""
 
     compares: ClassVar[bool] = True
+    annotated: Literal["live", "stored"] = "live"
+    """Where the teacher's distributions at annotated rows come from: asked in training, or kept by the annotation
+    (``sampling.distributions``)."""
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether training needs the teacher itself, beside what annotation kept of it."""
+        return self.annotated == "live"
+
+
+class OnPolicy(Compares):
+    """A method that rolls out."""
+
     on_policy_share: float = Field(default=0.5, ge=0, le=1)
     """Probability that a sequence of a batch is rolled out; the others are annotated rows."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest rollout."""
     temperature: float = Field(default=1.0, gt=0, le=2)
     """Sampling temperature of rollouts."""
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Always: it reads the rollouts."""
+        return True
 
 
 class Sft(OnText):
@@ -127,10 +146,11 @@ class Seqkd(OnText):
     type: Literal["seqkd"] = "seqkd"
 
 
-class Kd(OnText):
+class Kd(Compares):
     """Word-level distillation: KL(p‖q) on annotated text, mixed with cross entropy if asked."""
 
-    compares: ClassVar[bool] = True
+    on_policy_share: ClassVar[float] = 0.0
+    max_new_tokens: ClassVar[int] = 0
     type: Literal["kd"] = "kd"
     cross_entropy_share: float = Field(default=0.0, ge=0, le=1)
     """Weight of the cross entropy; KL(p‖q) has the rest. MiniLLM's code has 0.5."""

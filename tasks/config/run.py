@@ -11,7 +11,7 @@ from tasks.config.evaluate import EvaluateConfig, PromoteConfig
 from tasks.config.methods import Sft
 from tasks.config.models import Engines, Models
 from tasks.config.prompts import PromptsConfig
-from tasks.config.signals import Budget, Sampling, Signals
+from tasks.config.signals import Budget, Distributions, Sampling, Signals
 from tasks.config.train import TrainConfig
 
 
@@ -22,6 +22,8 @@ class SamplingConfig(Config):
     """Annotation."""
     student: Sampling = Sampling(temperature=0.7, samples=5)
     """Self-consistency samples."""
+    distributions: Distributions | None = None
+    """Keep the teacher's distributions with its annotations, for methods that train on stored ones."""
     shard_size: int = Field(default=256, ge=1)
     """Prompts of one shard: what is redone at most after a crash."""
 
@@ -82,6 +84,13 @@ class RunConfig(Config):
                 f"budget.warmup_share {self.budget.warmup_share} of {self.budget.queries} queries leaves a stage none:"
                 " raise budget.queries"
             )
+        for name in ("warmup", "train"):
+            method = getattr(self, name).method
+            if method.compares and method.annotated == "stored" and not self.sampling.distributions:
+                raise ValueError(
+                    f"{name}.method.annotated stored needs the teacher's distributions: set sampling.distributions "
+                    "({} will do), or annotated live"
+                )
         rest = self.budget.queries - self.budget.warmup_queries
         if self.signals.candidates is not None and self.signals.candidates < rest:
             raise ValueError(

@@ -21,6 +21,20 @@ class Sampling(Config):
     """Responses per prompt."""
 
 
+class Distributions(Config):
+    """What annotation keeps of the teacher's distributions: the likeliest tokens of each position and the mass of the
+    rest, compressed (about 60 bytes a position by default). At temperature 1, whatever the sampling temperature."""
+
+    mass: float = Field(default=1.0, gt=0, le=1)
+    """Tokens are kept until they hold this much."""
+    limit: int = Field(default=29, ge=1, le=255)
+    """Most tokens of a position."""
+    min_prob: float = Field(default=1e-3, ge=0, lt=1)
+    """Tokens below this probability are left to the tail."""
+    resolution: int = Field(default=16, ge=1, le=55)
+    """Steps of a log-probability's code: more is finer."""
+
+
 class Budget(Config):
     """What may be asked of the teacher."""
 

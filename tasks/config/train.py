@@ -21,6 +21,26 @@ class Lora(Config):
     """Names of the adapted linear layers."""
 
 
+class Tolerance(Config):
+    """What two computations of one log-probability may differ by, nats."""
+
+    mean: float = Field(gt=0)
+    """On average over tokens."""
+    largest: float = Field(gt=0)
+    """At any token."""
+
+
+class Parity(Config):
+    """A check before stage 2: engines and training models give the same log-probabilities."""
+
+    sequences: int = Field(default=4, ge=0)
+    """Sequences compared for teacher and student each; 0: no check."""
+    float32: Tolerance = Tolerance(mean=0.005, largest=0.1)
+    """Allowed in float32."""
+    bfloat16: Tolerance = Tolerance(mean=0.1, largest=2.0)
+    """Allowed in bfloat16."""
+
+
 class TrainConfig(Config):
     """One training stage."""
 
@@ -62,6 +82,9 @@ class TrainConfig(Config):
     """How many resumable checkpoints stay."""
     keep: Literal["best", "last"] = "best"
     """Which weights become the student: the best validation loss's, or the last's."""
+
+    parity: Parity = Parity()
+    """Compare engines and training models first, where the method compares distributions."""
 
     @model_validator(mode="after")
     def _batches_fit(self) -> "TrainConfig":

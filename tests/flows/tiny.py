@@ -67,10 +67,11 @@ def settings(folder: Path) -> dict[str, Any]:
             "teacher": {"max_tokens": 12},
             "student": {"temperature": 0.7, "max_tokens": 12, "samples": 3},
             "shard_size": 8,
+            "distributions": {},
         },
         "signals": {"candidates": 20, "keep": {"rule": "quantile", "threshold": 0.2, "drop_truncated": False}},
         "warmup": {**train, "method": {"type": "sft"}},
-        "train": {**train, "method": {"type": "switch", "max_new_tokens": 12}},
+        "train": {**train, "method": {"type": "switch", "max_new_tokens": 12, "annotated": "stored"}},
         "evaluate": {"seeds": [1, 2], "max_tokens": 12, "reference": "teacher", "bootstrap": 200},
         "engines": {"teacher": engine, "assistant": engine, "student": engine},
     }

@@ -91,7 +91,7 @@ def test_loss_is_the_weighted_mean_over_response_tokens(tmp_path: Path, toys: To
     column = pa.array([1.0, 0.25, 2.0, 1.0, 0.5, 0.0, 1.0, 3.0], pa.float32())
     store = LocalStore(tmp_path)
     student = save_model(store, "student", seed=1)
-    inputs = commit_inputs(store, {"student": student}, rows.set_column(rows.num_columns - 1, "weight", column))
+    inputs = commit_inputs(store, {"student": student}, rows.set_column(rows.column_names.index("weight"), "weight", column))
     train = {"method": {"type": "sft"}, "validation_share": 0.0, "batch_size": 8, "micro_batch": 2}
     loop = Loop(plan_of(stage_of(store, inputs, train)), ALONE)
     model, total, count = loop.student.model, 0.0, 0.0

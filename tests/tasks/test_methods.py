@@ -1,5 +1,6 @@
 """Methods, batches and data: the right positions, the right loss, the right rows."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
 from infra.manifest import Manifest
 from infra.store import LocalStore
 from kernels import gate
+from kernels.codec import encode_sampled, encode_top
 from kernels.divergence import divergence_N, forward_kl, jsd
 from tasks.batches import Order, Sequence, collate, micro_batches, read_data
 from tasks.config import methods as config
@@ -158,6 +160,32 @@ def test_kd_mixes_forward_kl_and_cross_entropy(share: float) -> None:
         for method in (Divergent(teacher, forward_kl(), 50), method_of(config.Sft(), None, 50))
     )
     assert found == pytest.approx((1 - share) * kl + share * hard, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["top", "sampled"])
+def test_stored_distributions_stand_in_for_the_teacher(mode: str) -> None:
+    student, teacher = llama(0), llama(1)
+
+    def stored(sequence: Sequence) -> Sequence:
+        whole, start = torch.cat([sequence.prompt, sequence.response])[None], len(sequence.prompt) - 1
+        with torch.no_grad():
+            logprobs_TV = teacher(whole).logits[0, start:-1].log_softmax(-1)
+        # All of the fifty tokens: only their codes are rounded.
+        if mode == "top":
+            blob = encode_top(logprobs_TV, mass=1.0, limit=50, min_prob=0.0, resolution=55)
+        else:
+            blob = encode_sampled(logprobs_TV, torch.Generator().manual_seed(0), grain=1 / 250, resolution=55)
+        return replace(sequence, distributions=blob, on_policy=False)
+
+    rows, rolled = [stored(sequence) for sequence in SEQUENCES], Sequence("", ids(1, 5), ids(6, 7, 2), on_policy=True)
+    live = loss_of(Divergent(teacher, jsd(0.5), 50), student, [*rows, rolled])
+    assert loss_of(Divergent(teacher, jsd(0.5), 50, stored=True), student, [*rows, rolled]) == pytest.approx(
+        live, rel=0.02
+    )
+    alone = loss_of(Divergent(None, jsd(0.5), 50, stored=True), student, rows)
+    assert alone == pytest.approx(loss_of(Divergent(teacher, jsd(0.5), 50), student, rows), rel=0.02)
+    with pytest.raises(ValueError, match=r"set sampling\.distributions"):
+        loss_of(Divergent(None, jsd(0.5), 50, stored=True), student, [replace(rows[0], distributions=None)])
 
 
 def test_imitkd_rolls_out_every_sequence_and_minimises_forward_kl() -> None:
