@@ -5,6 +5,7 @@ Shapes: N sequences, B rows of them, T response positions, D the teacher's width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -74,9 +75,38 @@ class Rollout:
     tokens: list[Tensor]  # int64 [T], the ending EOS included
     teacher_wrote: list[Tensor]  # bool [T]
     agrees: list[Tensor]  # bool [T], both models drew the same token
+    cuts: list[Tensor]  # bool [T], the token is not the drafter's
     jsd: list[Tensor]  # [T], in the gate's log base
     teacher_hidden: list[Tensor] | None  # [T, D]: what the teacher's head turned into the distribution of token t
     stats: Stats
+
+    def split(self, sizes: Sequence[int]) -> list[Rollout]:
+        """Rollouts of so many rows each, in order. The forwards, which rows shared, all go to the first one."""
+        parts: list[Rollout] = []
+        start = 0
+        for size in sizes:
+            rows = slice(start, start + size)
+            wrote, agrees, cuts = self.teacher_wrote[rows], self.agrees[rows], self.cuts[rows]
+            stats = Stats(
+                _by_position([torch.ones_like(flags_T) for flags_T in wrote]),
+                _by_position(wrote),
+                _by_position([wrote_T & agrees_T for wrote_T, agrees_T in zip(wrote, agrees, strict=True)]),
+                _by_position(cuts),
+            )
+            if not parts:
+                stats.student, stats.teacher = self.stats.student, self.stats.teacher
+            hidden = None if self.teacher_hidden is None else self.teacher_hidden[rows]
+            parts.append(Rollout(self.tokens[rows], wrote, agrees, cuts, self.jsd[rows], hidden, stats))
+            start += size
+        return parts
+
+
+def _by_position(flags: list[Tensor]) -> Tensor:
+    """How many of these rows [T] are true at each position."""
+    counts_T = torch.zeros(max(map(len, flags), default=0), dtype=torch.int64)
+    for flags_T in flags:
+        counts_T[: len(flags_T)] += flags_T.cpu()
+    return counts_T
 
 
 class Record:
@@ -137,6 +167,7 @@ class Record:
             rows(self.tokens_NT),
             rows(self.teacher_NT),
             rows(self.agrees_NT),
+            rows(self.cut_NT),
             rows(self.jsd_NT),
             None if hidden_NTD is None else rows(hidden_NTD),
             Stats(

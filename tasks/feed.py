@@ -5,7 +5,8 @@ Everything drawn is a function of the seed, the step and the cursor in the state
 Shape legend: T response positions of a rollout.
 """
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,17 @@ class Draw:
     on_policy: bool
     item: int
     visit: int
+
+
+@dataclass
+class Load:
+    """What a step trains on."""
+
+    draws: list[Draw]  # of all workers
+    mine: list[Draw]
+    sequences: list[Sequence]  # of this worker
+    cursor: tuple[int, int, int]  # rows drawn, prompts drawn, capped: behind this step
+    stats: Stats | None = None
 
 
 class Feed:
@@ -58,6 +70,7 @@ class Feed:
             )
         self.rows = Order(data.rows.num_rows, plan.seed, f"{plan.stage_name} rows")
         self.prompts = Order(data.prompts.num_rows, plan.seed, f"{plan.stage_name} prompts")
+        self.ready: deque[Load] = deque()
 
     def sizes(self) -> dict[str, int]:
         """Rows and prompts, used and left out."""
@@ -92,32 +105,61 @@ class Feed:
         columns = {True: self.data.prompts["prompt_id"], False: self.data.rows["row_id"]}
         return [columns[draw.on_policy][draw.item].as_py() for draw in draws]
 
-    def sequences(self, draws: list[Draw], student: Student) -> tuple[list[Sequence], Stats | None]:
-        """Rows read and prompts continued by the current student. Collective, also for a worker without prompts."""
-        rows = [row_sequence(self.data.rows, draw.item) for draw in draws if not draw.on_policy]
-        if not self.method.on_policy_share:
-            return rows, None
-        visits = [draw.visit for draw in draws if draw.on_policy]
-        prompts = [prompt_of(self.data.prompts, draw.item) for draw in draws if draw.on_policy]
+    def load(self, state: State, student: Student) -> Load:
+        """The coming step's batch, and the state's cursor behind it. Collective, also for a worker without prompts.
+
+        With ``rollouts_ahead`` the batches of some more steps are made with it, by the student as it is now.
+        """
+        if not self.ready:
+            together = self.plan.train.rollouts_ahead + 1
+            self._fill(state, student, min(together - state.step % together, self.plan.train.steps - state.step))
+        load = self.ready.popleft()
+        state.rows_drawn, state.prompts_drawn, state.capped = load.cursor
+        return load
+
+    def _fill(self, state: State, student: Student, steps: int) -> None:
+        """Make the batches of so many steps; the state stays as it is."""
+        ahead = replace(state)
+        for _ in range(steps):
+            draws = self.draw(ahead)
+            # Workers take turns, rollouts first: each gets its share of the slow ones.
+            mine = sorted(draws, key=lambda draw: not draw.on_policy)[student.world.rank :: student.world.size]
+            rows = [row_sequence(self.data.rows, draw.item) for draw in mine if not draw.on_policy]
+            cursor = (ahead.rows_drawn, ahead.prompts_drawn, ahead.capped)
+            self.ready.append(Load(draws, mine, rows, cursor))
+            ahead.step += 1
+            # What the rollouts will cost is not known yet: at most this.
+            ahead.teacher_tokens += self.method.max_new_tokens * sum(draw.on_policy for draw in draws)
+        if self.method.on_policy_share:
+            self._roll_out(student)
+
+    def _roll_out(self, student: Student) -> None:
+        """Continue this worker's prompts of all batches that are being made, in one go."""
+        wanted = [[draw for draw in load.mine if draw.on_policy] for load in self.ready]
+        draws = [draw for part in wanted for draw in part]
+        prompts = [prompt_of(self.data.prompts, draw.item) for draw in draws]
         keys = [
-            sequence_key(self.plan.seed, self.plan.stage_name, name, visit)
-            for (name, _), visit in zip(prompts, visits, strict=True)
+            sequence_key(self.plan.seed, self.plan.stage_name, name, draw.visit)
+            for (name, _), draw in zip(prompts, draws, strict=True)
         ]
         with student.whole() as model:
             if not prompts:
-                return rows, None
+                return
             eos_ids = self.plan.student.eos_token_ids
             rollout = self.method.rollout(model, [prompt for _, prompt in prompts], keys, eos_ids)
-        hidden: list[Any] = rollout.teacher_hidden or [None] * len(prompts)
-        rolled = [
-            Sequence(name, prompt, tokens.cpu(), on_policy=True, teacher_hidden_TG=hidden_TG)
-            for (name, prompt), tokens, hidden_TG in zip(prompts, rollout.tokens, hidden, strict=True)
-        ]
-        return rolled + rows, rollout.stats
+        left = iter(prompts)
+        for load, part in zip(self.ready, rollout.split([len(part) for part in wanted]), strict=True):
+            hidden: list[Any] = part.teacher_hidden or [None] * len(part.tokens)
+            rolled = [
+                Sequence(*next(left), tokens.cpu(), on_policy=True, teacher_hidden_TG=hidden_TG)
+                for tokens, hidden_TG in zip(part.tokens, hidden, strict=True)
+            ]
+            load.sequences, load.stats = rolled + load.sequences, part.stats
 
-    def counts(self, sequences: list[Sequence], stats: Stats | None) -> Tensor:
+    def counts(self, load: Load) -> Tensor:
         """What a step sums over workers, as one vector: weighted tokens on and off policy, tokens, rollouts, their
         tokens, how many ended themselves; then, by position, emitted, interventions, agreeing and cuts [4 x T]."""
+        sequences, stats = load.sequences, load.stats
         on = [sequence for sequence in sequences if sequence.on_policy]
         eos = set(self.plan.student.eos_token_ids)
         scalars = [

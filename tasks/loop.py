@@ -27,7 +27,7 @@ from infra.store import open_store
 from kernels.noise import sequence_key
 from tasks.batches import Sequence, collate, micro_batches, row_sequence
 from tasks.checkpoint import Best, State, load, load_state, save, save_state
-from tasks.feed import Draw, Feed
+from tasks.feed import Feed
 from tasks.methods import method_of
 from tasks.parity import check
 from tasks.plan import Plan
@@ -61,25 +61,24 @@ class Loop:
         state, world, started = self.state, self.world, time.monotonic()
         # Dropout, where a model has any, depends on the step and the worker alone.
         torch.manual_seed(sequence_key(self.plan.seed, "dropout", state.step, world.rank))
-        draws = self.feed.draw(state)
-        # Workers take turns, rollouts first: each gets its share of the slow ones.
-        mine = sorted(draws, key=lambda draw: not draw.on_policy)[world.rank :: world.size]
         try:
-            sequences, stats = self.feed.sequences(mine, self.student)
+            load = self.feed.load(state, self.student)
         except ValueError as error:
-            raise ValueError(self._where(draws, str(error))) from error
+            names = self.feed.names([draw for made in self.feed.ready for draw in made.draws])
+            raise ValueError(self._where(state.step + 1, f"{error} on {', '.join(names)}")) from error
         rollout_seconds = time.monotonic() - started
 
-        counts = world.sum(self.feed.counts(sequences, stats))
+        counts = world.sum(self.feed.counts(load))
         on_weight, off_weight, tokens, rollouts, rollout_tokens, ended = counts[:6].tolist()
         weight = on_weight + off_weight
-        sums = self._gradients(sequences, weight)
+        sums = self._gradients(load.sequences, weight)
         self.student.sum_gradients()
         norm = full(torch.nn.utils.clip_grad_norm_(self.student.trained().values(), self.config.clip_norm)).item()
         loss_on, loss_off = world.sum(sums).tolist()
         loss = (loss_on + loss_off) / weight if weight else 0.0
         if not math.isfinite(loss + norm):
-            raise ValueError(self._where(draws, f"loss {loss}, gradient norm {norm}"))
+            rows = ", ".join(self.feed.names(load.draws))
+            raise ValueError(self._where(state.step + 1, f"loss {loss}, gradient norm {norm} on {rows}"))
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.learning_rate(state.step)
         self.optimizer.step()
@@ -150,7 +149,7 @@ class Loop:
         loss, tokens = self.world.sum(sums).tolist()
         self.state.spend("validation", time.monotonic() - started)
         if not math.isfinite(loss):
-            raise ValueError(self._where([], f"validation loss {loss}"))
+            raise ValueError(self._where(self.state.step, f"validation loss {loss}"))
         return loss / tokens
 
     def keep_best(self, loss: float | None) -> None:
@@ -176,11 +175,10 @@ class Loop:
             export(self.origin, chosen, self.config.lora, self.plan.dtype, folder / "student")
             save_state(folder, state)
 
-    def _where(self, draws: list[Draw], what: str) -> str:
-        names = f" on {', '.join(self.feed.names(draws))}" if draws else ""
+    def _where(self, step: int, what: str) -> str:
         return (
-            f"step {self.state.step + bool(draws)}: {what}{names}; last good checkpoint: step {self.saved_at}; lower "
-            f"train.learning_rate, or look at these rows"
+            f"step {step}: {what}; last good checkpoint: step {self.saved_at}; lower train.learning_rate, or look at "
+            "these rows"
         )
 
 

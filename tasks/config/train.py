@@ -83,6 +83,9 @@ class TrainConfig(Config):
     keep: Literal["best", "last"] = "best"
     """Which weights become the student: the best validation loss's, or the last's."""
 
+    rollouts_ahead: int = Field(default=0, ge=0, le=64)
+    """Optimiser steps that rollouts may be older than the student: so many steps more are rolled out at once, in larger
+    batches. 0: strictly on-policy."""
     parity: Parity = Parity()
     """Compare engines and training models first, where the method compares distributions."""
 

@@ -91,7 +91,9 @@ def test_loss_is_the_weighted_mean_over_response_tokens(tmp_path: Path, toys: To
     column = pa.array([1.0, 0.25, 2.0, 1.0, 0.5, 0.0, 1.0, 3.0], pa.float32())
     store = LocalStore(tmp_path)
     student = save_model(store, "student", seed=1)
-    inputs = commit_inputs(store, {"student": student}, rows.set_column(rows.column_names.index("weight"), "weight", column))
+    inputs = commit_inputs(
+        store, {"student": student}, rows.set_column(rows.column_names.index("weight"), "weight", column)
+    )
     train = {"method": {"type": "sft"}, "validation_share": 0.0, "batch_size": 8, "micro_batch": 2}
     loop = Loop(plan_of(stage_of(store, inputs, train)), ALONE)
     model, total, count = loop.student.model, 0.0, 0.0
@@ -172,6 +174,32 @@ def test_cap_on_teacher_tokens_holds_and_is_recorded(toys: Toys) -> None:
     assert rows[-1]["teacher_tokens"] == 0
     assert rows[-1]["loss_off_policy"] > 0
     assert rows[-1]["loss_on_policy"] is None
+
+
+def test_rollouts_ahead_are_the_same_rollouts_of_an_older_student(toys: Toys, monkeypatch: Any) -> None:
+    # A student that hardly moves writes the same, whenever it is asked.
+    still = {"learning_rate": 1e-12, "steps": 5}
+    loops = [Loop(toys.plan(SWITCH, rollouts_ahead=ahead, **still), ALONE) for ahead in (0, 2)]
+    asked: list[int] = []
+    write = loops[1].method.rollout
+    monkeypatch.setattr(loops[1].method, "rollout", lambda *args: asked.append(len(args[1])) or write(*args))
+    rows = [[loop.step() for _ in range(5)] for loop in loops]
+    for strict, ahead in zip(*rows, strict=True):
+        for name in ("loss", "tokens", "intervention_rate", "response_length", "eos_rate", "teacher_tokens"):
+            assert ahead[name] == pytest.approx(strict[name], rel=1e-4), name
+    assert loops[0].state.positions == loops[1].state.positions
+    # Three steps are rolled out together, then the two that are left.
+    assert len(asked) == 2
+    assert sum(asked) == loops[0].state.prompts_drawn
+
+
+def test_rollouts_ahead_keep_the_cap(toys: Toys) -> None:
+    settings = {"online_teacher_tokens": 95}
+    loop = Loop(toys.plan({**SWITCH, "on_policy_share": 1.0}, settings, rollouts_ahead=3), ALONE)
+    for _ in range(4):
+        loop.step()
+    assert 0 < loop.state.teacher_tokens <= 95
+    assert loop.state.capped == loop.state.rows_drawn == 32 - loop.state.prompts_drawn
 
 
 @pytest.mark.parametrize("method", [{"type": "sft"}, SWITCH], ids=["sft", "switch"])
