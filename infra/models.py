@@ -26,10 +26,11 @@ class ModelRef(BaseModel):
     bytes: int = 0
 
 
-def local_folder(store: Store, model: ModelRef) -> Path:
-    """A local folder with the model's files, fetched first where it is not on this machine."""
+def local_folder(store: Store, model: ModelRef, *, weights: bool = True) -> Path:
+    """A local folder with the model's files, fetched first where it is not on this machine; without ``weights``,
+    perhaps only what stands beside them: tokenizer and configuration."""
     if model.path:
-        return store.localise(model.path)
+        return store.localise(model.path, "" if weights else ".safetensors")
     assert model.id, "a model is in the store or has an id"
     if Path(model.id).is_dir():
         return Path(model.id)
@@ -39,7 +40,7 @@ def local_folder(store: Store, model: ModelRef) -> Path:
         snapshot_download(
             model.id,
             revision=model.hub_revision,
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+            allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])],
         )
     )
 

@@ -67,8 +67,9 @@ class Store(ABC):
         """Put the object ``source`` at ``target`` too, without moving its bytes through this process."""
 
     @abstractmethod
-    def localise(self, prefix: str) -> Path:
-        """A local folder with the objects below ``prefix``: the store's own, or a cached copy. Read-only."""
+    def localise(self, prefix: str, without: str = "") -> Path:
+        """A local folder with the objects below ``prefix``: the store's own, or a cached copy, which may leave out
+        those whose names end with ``without``. Read-only."""
 
     def location(self, path: str) -> str:
         """What a person opens: a local path or an s3:// address."""
@@ -138,7 +139,7 @@ class LocalStore(Store):
         os.link(self._at(source), staged)
         os.replace(staged, self._at(target))
 
-    def localise(self, prefix: str) -> Path:
+    def localise(self, prefix: str, without: str = "") -> Path:
         return self._at(prefix)
 
 
@@ -236,13 +237,17 @@ class S3Store(Store):
     def copy(self, source: str, target: str) -> None:
         self.client.copy({"Bucket": self.bucket, "Key": self._key(source)}, self.bucket, self._key(target))
 
-    def localise(self, prefix: str) -> Path:
+    def localise(self, prefix: str, without: str = "") -> Path:
         """The copy is keyed by place: what stands below a committed prefix never changes, so it is fetched once."""
         target = self.cache / self.bucket / self._key(prefix)
         if target.is_dir():
             return target
+        if without:
+            target = target.with_name(f"{target.name}-without{without}")
+            if target.is_dir():
+                return target
         staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        paths = list(self.list(prefix))
+        paths = [path for path in self.list(prefix) if not (without and path.endswith(without))]
         if not paths:
             raise FileNotFoundError(f"nothing below {self.location(prefix)}")
 

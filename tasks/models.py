@@ -230,8 +230,16 @@ def describe(folder: Path, **identity: Any) -> ModelRef:
         vocab_size=config["vocab_size"],
         tokenizer_hash=hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
         eos_token_ids=[eos] if isinstance(eos, int) else list(eos or []),
-        bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        bytes=weight_bytes(folder),
     )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of a model's weights: by its files, or by the index of those that are not here; 0 where neither is."""
+    files, index = list(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
+    if not files and index.exists():
+        return int(json.loads(index.read_text())["metadata"]["total_size"])
+    return sum(file.stat().st_size for file in files)
 
 
 def describe_folder(stage: Stage[ModelsSettings], source: HuggingFaceModel) -> ModelRef:
@@ -241,7 +249,8 @@ def describe_folder(stage: Stage[ModelsSettings], source: HuggingFaceModel) -> M
     place = str(Path(source.id).absolute()) if is_folder else source.id
     ref = ModelRef(name=source.id, revision=revision, id=place, hub_revision=None if is_folder else revision)
     known = ref.model_dump(include={"name", "revision", "id", "hub_revision"})
-    return describe(local_folder(stage.store, ref), **known)
+    # Weights come to the machines that need them.
+    return describe(local_folder(stage.store, ref, weights=False), **known)
 
 
 def run(stage: Stage[ModelsSettings]) -> None:

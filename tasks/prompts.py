@@ -198,7 +198,7 @@ def measure(stage: Stage[PromptsSettings]) -> Measure:
     """The tokenizer that counts. ValueError where it has no chat template."""
     settings = stage.settings
     model = ModelRef.model_validate(stage.input("models").facts["models"][settings.tokenizer_key])
-    tokenizer = load_tokenizer(local_folder(stage.store, model))
+    tokenizer = load_tokenizer(local_folder(stage.store, model, weights=False))
     if not (settings.chat_template or tokenizer.chat_template):
         raise ValueError(
             f"models.{settings.tokenizer_key}: its tokenizer has no chat template: set models.chat_template"

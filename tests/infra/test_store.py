@@ -65,6 +65,18 @@ def test_folders_go_up_and_come_back(store: Store, tmp_path: Path) -> None:
     assert store.localise("files/model") == back
 
 
+def test_a_folder_comes_without_its_weights_where_they_are_not_needed(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"\0" * 1000)
+    (folder / "config.json").write_text("{}")
+    store.upload(folder, "files/model")
+    light = store.localise("files/model", ".safetensors")
+    assert (light / "config.json").read_text() == "{}"
+    assert (light / "model.safetensors").exists() == (not store.uri.startswith("s3://"))
+    assert (store.localise("files/model") / "model.safetensors").stat().st_size == 1000
+
+
 @pytest.mark.parametrize("path", ["", "/etc/passwd", "../up", "a/../../b", "a\\b", "a\0b"])
 def test_paths_cannot_leave_the_root(path: str, store: Store) -> None:
     with pytest.raises(ValueError, match="leaves the store"):
