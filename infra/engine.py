@@ -6,6 +6,7 @@ loads the right ones on the first mismatch. Ray and vLLM are imported where they
 
 import hashlib
 import os
+import uuid
 from typing import Any
 
 import pyarrow as pa
@@ -81,7 +82,8 @@ class Engine:
             tensor_parallel_size=self.spec.tensor_parallel,
             max_model_len=self.spec.max_model_len,
             max_num_seqs=self.spec.max_num_seqs,
-            # On CPU, chunked prefill and per-request seeds crash together: no prompt may be split there.
+            # On CPU a generator has no offset to set back, as a split prompt of a seeded request needs.
+            enable_chunked_prefill=self.spec.gpu,
             max_num_batched_tokens=max(self.spec.max_model_len, 4096),
             seed=self.spec.seed,
             max_logprobs=self.spec.max_logprobs,
@@ -91,10 +93,11 @@ class Engine:
             **self.spec.vllm,
         )
         self.tokenizer = self.llm.get_tokenizer()
+        self.life = uuid.uuid4().hex
 
     def ready(self) -> str:
-        """The revision that is loaded; returns once the engine is up."""
-        return self.revision
+        """Names this life of the actor, which ends with its process; returns once the engine is up."""
+        return self.life
 
     def load(self, model: ModelRef) -> None:
         """Serve these weights from now on. They must be of the engine's own architecture."""

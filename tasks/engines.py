@@ -3,12 +3,12 @@
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from infra.engine import EngineSpec
 from infra.engine_room import ROOM, open_room
@@ -83,22 +83,35 @@ class EnginePool:
                     raise error.cause from None
                 if tries == SHARD_TRIES:
                     raise
-                self.access.stage.log.warning("engine lost, shard %s is redone: %s", key, type(error).__name__)
-                if isinstance(error, RayTaskError):
-                    ray.kill(actor, no_restart=False)
+                self.access.stage.log.warning("engine lost, a shard is sent again: %s", last_line(error))
                 again.append((key, call, tries + 1))
-                idle.append(self.revived(actor))
+                idle.append(self.revived(actor, kill=isinstance(error, RayTaskError)))
                 continue
             idle.append(actor)
             yield key, result
 
-    def revived(self, actor: Any) -> Any:
+    def revived(self, actor: Any, kill: bool) -> Any:
         """The same engine restarted by Ray, or, where its room died with it, the new room's."""
+        deadline, life = time.monotonic() + ROOM_SECONDS, ""
         try:
-            ray.get(actor.ready.remote(), timeout=ROOM_SECONDS)
-            return actor
+            if kill:
+                life = ray.get(actor.ready.remote(), timeout=ROOM_SECONDS)
+                ray.kill(actor, no_restart=False)
+            while time.monotonic() < deadline:
+                # Until Ray has noticed, the life that ends may still answer, or nobody does.
+                with suppress(ActorUnavailableError):
+                    if ray.get(actor.ready.remote(), timeout=ROOM_SECONDS) != life:
+                        return actor
+                time.sleep(0.5)
         except (RayActorError, GetTimeoutError):
-            return self.actors()[0]
+            pass
+        return self.actors()[0]
+
+
+def last_line(error: Exception) -> str:
+    """What an engine died of, in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1].strip()[:300]}"
 
 
 class EngineAccess:
