@@ -45,7 +45,7 @@ def save_model(folder: Path, *, seed: int, layers: int = 2, width: int = 64) -> 
 def settings(folder: Path) -> dict[str, Any]:
     """Settings of a run that takes every stage through its paces in as little as its start-up."""
     teacher = {"type": "huggingface", "id": str(folder / "teacher")}
-    engine = {"max_model_len": 256, "kv_cache_gib": 0.05, "max_num_seqs": 32}
+    engine = {"max_model_len": 256, "kv_cache_gib": 0.05, "max_num_seqs": 64}
     train = {"steps": 3, "batch_size": 4, "micro_batch": 2, "max_length": 224, "validate_every": 2}
     tasks = [{"name": "chain_sum", "size": 60, "options": {"min_terms": 2, "max_terms": 3}}]
     return {
