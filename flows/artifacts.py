@@ -14,6 +14,7 @@ from prefect.artifacts import (
 
 from flows.record import RunRecord, place
 from infra.store import Store
+from tasks.accounts import costs, funnel
 
 UPDATE_SECONDS = 2.0
 LABELS = ("base", "warmup", "final", "teacher")
@@ -26,17 +27,19 @@ class StageProgress:
         self.stage = stage
         self.id: UUID | None = None
         self._at = 0.0
-        self._last = 0.0
+        self._last: dict[str, Any] | None = None
 
     def update(self, event: dict[str, Any]) -> None:
-        share = 100.0 * event["done"] / event["total"] if event["total"] else 0.0
-        self._last = share
-        if time.monotonic() - self._at < UPDATE_SECONDS:
-            return
-        self._at = time.monotonic()
-        self._write(share, f"{event['done']:g} of {event['total']:g} {event['unit']}")
+        self._last = event
+        if time.monotonic() - self._at >= UPDATE_SECONDS:
+            self._at = time.monotonic()
+            self._write(event)
 
-    def _write(self, share: float, text: str | None = None) -> None:
+    def _write(self, event: dict[str, Any]) -> None:
+        share = 100.0 * event["done"] / event["total"] if event["total"] else 0.0
+        text = f"{event['done']:,g} of {event['total']:,g} {event['unit']}"
+        if event.get("tokens_per_second"):
+            text += f", {event['tokens_per_second']:,g} tokens/s"
         if self.id is None:
             created = create_progress_artifact(share, key=f"progress-{self.stage}", description=text)
             assert isinstance(created, UUID)
@@ -46,7 +49,7 @@ class StageProgress:
 
     def close(self) -> None:
         """The last figure, which the rate limit may have held back."""
-        if self.id is not None:
+        if self._last is not None:
             self._write(self._last)
 
 
@@ -85,6 +88,17 @@ def publish(record: RunRecord, store: Store) -> None:
     create_table_artifact(table=stages, key="stages", description="Stages of this run")
     create_table_artifact(
         table=metric_rows(facts["metrics"]), key="metrics", description="Held-out metrics with intervals"
+    )
+    levels = [{"level": level.name, "rows": level.rows, "of the warm-up": level.warmup} for level in funnel(manifests)]
+    create_table_artifact(table=levels, key="funnel", description="Where the rows went")
+    create_table_artifact(
+        table=[
+            {"what": cost.title, "seconds": round(cost.seconds, 1), "teacher queries": cost.teacher_queries}
+            | {"teacher tokens": cost.teacher_tokens, "tokens": cost.tokens}
+            for cost in costs(manifests)
+        ],
+        key="spending",
+        description="What each stage took: time, teacher queries, tokens",
     )
     report, student = store.location(facts["report"]), place(store, facts["student"])
     link = report if "://" in report else f"file://{report}"

@@ -69,6 +69,8 @@ def prefect_server(root: str) -> Iterator[Any]:
     """The server of ``switchyard up`` where it runs, else one of this command's own. Yields a function that waits."""
     from flows.server import EmbeddedServer, environment
 
+    # The terminal has a display of its own; Prefect's pages get everything.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
     up = running_local()
     if up:
         os.environ.update({**environment(Path(up.home), up.prefect_url), **up.ray_environment})
@@ -98,7 +100,6 @@ def run(
 ) -> None:
     """Run a distillation, or continue it where it was."""
     settings = read_config(config, set_)
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     with prefect_server(root) as ready:
         from flows.display import terminal
         from flows.plan import plan_run

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from flows.server import answers, environment, server_command
+from flows.server import answers, environment, server_command, server_environment
 from infra.cluster import QUIET, free_port, head_command, token_environment
 from infra.process import detached, end, marked
 
@@ -42,7 +42,7 @@ class Local(BaseModel):
         if known:
             return known
         base = home()
-        prefect_port, dashboard_port = free_port(), free_port()
+        prefect_port, dashboard_port = free_port(4200), free_port(8265)
         local = cls(
             token=uuid.uuid4().hex,
             home=str(base / "prefect"),
@@ -52,7 +52,7 @@ class Local(BaseModel):
             ray_environment=token_environment(),
         )
         client = {**environment(Path(local.home), local.prefect_url), **local.ray_environment}
-        server = {**environment(Path(local.home)), "PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
+        server = server_environment(Path(local.home), local.prefect_url)
         detached(server_command(prefect_port), base / "server.log", server, local.token)
         head = head_command(dashboard_port, Path(local.ray_folder), free_port())
         detached(head, base / "ray.log", {**QUIET, **local.ray_environment}, local.token)

@@ -25,6 +25,12 @@ def environment(home: Path, url: str | None = None) -> dict[str, str]:
     return {**settings, "PREFECT_API_URL": url} if url else settings
 
 
+def server_environment(home: Path, url: str) -> dict[str, str]:
+    """Of the server itself. Its pages have to be told where it is: they would look at Prefect's own port."""
+    quiet = {"PREFECT_API_URL": "", "PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
+    return {**environment(home), **quiet, "PREFECT_SERVER_UI_API_URL": url}
+
+
 def server_command(port: int) -> list[str]:
     return [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
 
@@ -49,7 +55,7 @@ class EmbeddedServer:
     def start(self) -> None:
         # Read by Prefect when it is imported, in this process and in every child.
         os.environ.update(environment(self.home, self.url))
-        own = {"PREFECT_API_URL": "", "PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
+        own = server_environment(self.home, self.url)
         self._process = Guarded(server_command(self.port), self.home / "server.log", own)
 
     def wait(self) -> None:

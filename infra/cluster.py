@@ -34,10 +34,15 @@ QUIET = {
 FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
-def free_port() -> int:
+def free_port(wanted: int = 0) -> int:
+    """A port on loopback that nobody listens on: the one that is wanted, if it is free."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def token_environment() -> dict[str, str]:
