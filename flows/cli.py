@@ -1,4 +1,4 @@
-"""The command line: ``switchyard run | plan | show | up | down``.
+"""The command line: ``switchyard run | plan | up | down``, and what `flows/keeper.py` adds.
 
 Light until a command knows what it needs: Prefect reads its settings when it is imported, so servers come first.
 """
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
+from flows.keeper import Json, Root, UserError, console, keeper
 from flows.local import Local, running_local
 from infra.store import open_store
 from tasks.config import RunConfig, load_config
@@ -26,21 +26,11 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Distil a large language model into a small one.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-console = Console(stderr=True)
+app.add_typer(keeper)
 INTERRUPTED = 130
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's settings, a YAML file.")]
-Root = Annotated[str, typer.Option(help="Where results go: a folder or s3://bucket/prefix.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key.path=value. May be repeated.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line of stdout.")]
-
-
-class UserError(Exception):
-    """Mistakes to be told in one line each, exit code 2."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = problems
 
 
 def problems_of(error: ValidationError) -> list[str]:
@@ -206,26 +196,6 @@ def deep_parity(settings: RunConfig, root: str) -> dict[str, Any]:
     found: dict[str, Any] = state.result()
     console.print(parity_table(found))
     return found
-
-
-@app.command()
-def show(run: str, root: Root = "runs/default", json_: Json = False) -> None:
-    """Show a run: its stages, signals, accounting and metrics."""
-    from flows.record import find_record, outcome
-    from flows.tables import facts_table, metrics_table, stages_table
-
-    store = open_store(root)
-    try:
-        record = find_record(store, run)
-    except ValueError as error:
-        raise UserError([str(error)]) from None
-    result = outcome(record, store)
-    console.print(stages_table(result))
-    console.print(facts_table(record.manifests(store)))
-    if result["metrics"]:
-        console.print(metrics_table(result["metrics"]))
-    if json_:
-        print(json.dumps(result), flush=True)
 
 
 @app.command()

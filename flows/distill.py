@@ -8,10 +8,10 @@ result, and does the work only where that result is not there yet.
 
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.states import Cancelled, Failed
 
-from flows.runner import Runner, StageCancelled, StageFailed
+from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed
 from flows.story import Pipeline
 from tasks.config import RunConfig
 from tasks.models import ROLES, identity
@@ -202,7 +202,13 @@ def distill(config: RunConfig, root: str = "runs/default", redo_from: str | None
     """Distil the teacher into the student: prompts in, a promoted student and its report out."""
     try:
         with Runner.open(config, root, redo_from) as runner:
-            story(runner, identities(config))
+            found = identities(config)
+            try:
+                story(runner, found)
+            except StageDamaged as damaged:
+                get_run_logger().warning("%s", damaged)
+                runner.record.stages.clear()
+                story(runner, found)
             return runner.outcome()
     except StageCancelled as cancelled:
         return Cancelled(message=str(cancelled))

@@ -33,6 +33,7 @@ class RunRecord(BaseModel):
     refused: bool = False  # a stage found a user's mistake
     redo: dict[str, int] = Field(default_factory=dict)
     stages: list[StageRecord] = Field(default_factory=list)
+    touched: dict[str, str] = Field(default_factory=dict)  # latest manifest of every stage, by name, over all attempts
     started: datetime = Field(default_factory=lambda: datetime.now(UTC))
     finished: datetime | None = None
     seconds: float = 0.0

@@ -44,6 +44,10 @@ class StageFailed(Exception):
     """A stage ended without a manifest. The message is its cause in one line."""
 
 
+class StageDamaged(StageFailed):
+    """A stage read a part that is not as it was committed. It is forgotten; following the story again makes it anew."""
+
+
 class StageRefused(StageFailed):
     """A stage said why it cannot go on: a user's mistake that no second attempt mends."""
 
@@ -68,7 +72,14 @@ class Runner(Pipeline):
         redo = dict(known.redo) if known else {}
         if redo_from:
             redo[redo_from] = redo.get(redo_from, 0) + 1
-        record = RunRecord(run=run, name=config.name, root=store.uri, config=config.model_dump(mode="json"), redo=redo)
+        record = RunRecord(
+            run=run,
+            name=config.name,
+            root=store.uri,
+            config=config.model_dump(mode="json"),
+            redo=redo,
+            touched=known.touched if known else {},
+        )
         record.save(store)
         return cls(config, root, record)
 
@@ -125,10 +136,12 @@ class Runner(Pipeline):
         """See that the stage's manifest stands."""
         entry = StageRecord(name=spec.stage, fingerprint=spec.fingerprint, manifest=spec.manifest_path)
         self.record.stages.append(entry)
+        self.record.touched[spec.stage] = spec.manifest_path
         began = time.monotonic()
         if self.store.exists(spec.manifest_path):
             entry.reused = True
         else:
+            self.record.save(self.store)
             display().started(spec.stage)
             while not self._attempt(spec, entry):
                 get_run_logger().warning("%s ended without a result; attempt %d", spec.stage, entry.attempts + 1)
@@ -154,6 +167,8 @@ class Runner(Pipeline):
         watch.close()
         if self.store.exists(spec.manifest_path):
             return True
+        if watch.damage:
+            raise StageDamaged(f"{spec.stage}: {watch.damage}")
         if watch.error:
             raise StageRefused(f"{spec.stage}: {watch.error}")
         if entry.attempts > self.config.resources.stage_retries:
@@ -231,6 +246,7 @@ class StageWatch:
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.error = ""
+        self.damage = ""
         self.last_line = ""
         self.log = get_run_logger()
         self.artifact = StageProgress(stage)
@@ -241,6 +257,8 @@ class StageWatch:
                 event = json.loads(line[len(MARK) :])
                 if event["kind"] == "error":
                     self.error = event["message"]
+                elif event["kind"] == "damaged":
+                    self.damage = event["message"]
                 else:
                     display().progress(self.stage, event)
                     self.artifact.update(event)

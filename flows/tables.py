@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from flows.artifacts import metric_rows
@@ -54,6 +55,22 @@ def plan_table(plan: Plan) -> Table:
         state = "done" if stage.done else "to do"
         seconds = "" if stage.done or stage.seconds is None else duration(stage.seconds)
         table.add_row(stage.name, stage.fingerprint, state, f"{stage.rows:,}", f"{stage.tokens:,}", seconds)
+    return table
+
+
+def trace_table(found: dict[str, Any]) -> Table:
+    table = Table(title="where the row comes from", title_justify="left")
+    for name in ("what", "column", "value"):
+        table.add_column(name)
+    for what, entry in found.items():
+        entries = entry if isinstance(entry, list) else [entry]
+        for number, row in enumerate(entries, 1):
+            title = f"{what} {number}" if len(entries) > 1 else what
+            for column, value in row.items() if isinstance(row, dict) else [("", row)]:
+                if value is not None and not column.endswith(("token_ids", "logprobs", "distributions")):
+                    table.add_row(title, column, escape(str(value)[:300]))
+                    title = ""
+            table.add_section()
     return table
 
 

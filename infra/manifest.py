@@ -150,11 +150,25 @@ def committed_parts(store: Store, folder: str, table: str) -> dict[int, Part]:
     return {part.shard: part for part in parts}
 
 
+class DamagedError(ValueError):
+    """A part is missing, or its bytes are not the ones that were committed."""
+
+    def __init__(self, location: str, path: str, what: str) -> None:
+        super().__init__(location, path, what)  # all of them, or it could not travel between processes
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} {self.args[2]}"
+
+
 def read_part(store: Store, part: Part, columns: list[str] | None = None) -> pa.Table:
-    """A part's rows. ValueError where the bytes are not the ones that were committed."""
-    data = store.read(part.path)
+    """A part's rows; DamagedError where they cannot be trusted."""
+    try:
+        data = store.read(part.path)
+    except FileNotFoundError:
+        raise DamagedError(store.location(part.path), part.path, "is missing") from None
     if hashlib.sha256(data).hexdigest() != part.sha256:
-        raise ValueError(f"{store.location(part.path)}: damaged, its hash is not the committed one; redo the stage")
+        raise DamagedError(store.location(part.path), part.path, "has other bytes than were committed")
     return pq.read_table(pa.BufferReader(data), columns=columns)
 
 

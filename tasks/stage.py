@@ -24,6 +24,8 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra import manifest as manifests
+from infra.audit import forget_part
+from infra.files import open_file
 from infra.manifest import Manifest, Part
 from infra.store import Store, open_store
 
@@ -151,7 +153,11 @@ def installed_versions() -> dict[str, str]:
 
 
 def load_spec(spec: str, root: str | None) -> StageSpec:
-    text = open_store(root).read(spec) if root else Path(spec).read_bytes()
+    if root:
+        text = open_store(root).read(spec)
+    else:
+        with open_file(spec) as stream:
+            text = stream.read()
     return StageSpec.model_validate_json(text)
 
 
@@ -166,7 +172,9 @@ def one_line(error: Exception) -> str:
 def main(settings_type: type[Settings], run: Callable[[Stage[Settings]], None]) -> None:
     """Entry point of a stage module. Exit 0: the manifest stands. Exit 2: a user's mistake, said in one line."""
     parser = argparse.ArgumentParser(description=(sys.modules["__main__"].__doc__ or "").split("\n")[0])
-    parser.add_argument("--spec", required=True, help="the stage's spec (JSON)")
+    parser.add_argument(
+        "--spec", required=True, help="the stage's spec (JSON): a path, an s3:// address, or a path below --root"
+    )
     parser.add_argument("--root", help="read the spec from this store")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
@@ -181,6 +189,10 @@ def main(settings_type: type[Settings], run: Callable[[Stage[Settings]], None]) 
         else:
             run(stage)
             manifests.commit_manifest(stage.store, stage.manifest)
+    except manifests.DamagedError as error:
+        forget_part(stage.store, error.path)
+        emit("damaged", message=f"{one_line(error)}; it is forgotten, and made again by the next run")
+        sys.exit(1)
     except ValueError as error:
         # A user's mistake, or data that no second attempt would read differently. The trace is for the log.
         traceback.print_exc(file=sys.stdout)

@@ -1,0 +1,131 @@
+"""Commands that look at a store, and look after it: ``switchyard show | verify | trace | gc``."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from infra.store import Store, open_store
+
+if TYPE_CHECKING:
+    from flows.record import RunRecord
+
+keeper = typer.Typer()
+console = Console(stderr=True)
+
+Root = Annotated[str, typer.Option(help="Where results are: a folder or s3://bucket/prefix.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line of stdout.")]
+
+
+class UserError(Exception):
+    """Mistakes to be told in one line each, exit code 2."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def opened(root: str, run: str) -> tuple[Store, "RunRecord"]:
+    """The store and a run's record, by its id or the start of it."""
+    from flows.record import find_record
+
+    store = open_store(root)
+    try:
+        return store, find_record(store, run)
+    except ValueError as error:
+        raise UserError([str(error)]) from None
+
+
+@keeper.command()
+def show(run: str, root: Root = "runs/default", json_: Json = False) -> None:
+    """Show a run: its stages, signals, accounting and metrics."""
+    from flows.record import outcome
+    from flows.tables import facts_table, metrics_table, stages_table
+
+    store, record = opened(root, run)
+    result = outcome(record, store)
+    console.print(stages_table(result))
+    console.print(facts_table(record.manifests(store)))
+    if result["metrics"]:
+        console.print(metrics_table(result["metrics"]))
+    if json_:
+        print(json.dumps(result), flush=True)
+
+
+@keeper.command()
+def verify(
+    run: str,
+    root: Root = "runs/default",
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Forget what is damaged: the next run makes exactly that anew.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Read every byte of a run again and say what is not as it was committed. Exit code 1 if anything is."""
+    from rich.progress import track
+
+    from flows.upkeep import verify as check
+
+    store, record = opened(root, run)
+    found: dict[str, list[dict[str, Any]]] = {}
+    stages = track(check(store, record, repair), "reading", len(record.manifests(store)), console=console)
+    for stage, damages in stages:
+        found[stage] = [{"path": damage.path, "what": damage.what} for damage in damages]
+        for damage in damages:
+            print(f"{stage}: {damage.path} {damage.what}")
+    bad = sum(map(len, found.values()))
+    end = ("; forgotten, run again to make them" if repair else "; --repair forgets them") if bad else ""
+    console.print(f"{len(found)} stages read, {bad} objects damaged{end}")
+    if json_:
+        print(json.dumps({"run": record.run, "damaged": bad, "stages": found}), flush=True)
+    if bad:
+        raise typer.Exit(1)
+
+
+@keeper.command()
+def trace(
+    row_id: str, run: Annotated[str, typer.Option(help="The run that trained on it.")], root: Root = "runs/default"
+) -> None:
+    """Where a training row comes from: its prompt, its samples, scores, seeds and models."""
+    from flows.tables import trace_table
+    from flows.upkeep import trace as follow
+
+    store, record = opened(root, run)
+    try:
+        found = follow(store, record, row_id)
+    except ValueError as error:
+        raise UserError([str(error)]) from None
+    console.print(trace_table(found))
+    print(json.dumps(found, default=str), flush=True)
+
+
+@keeper.command()
+def gc(
+    root: Root = "runs/default",
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+) -> None:
+    """List stage results that no run and no promotion leads to, and remove them once confirmed."""
+    from rich.progress import track
+
+    from flows.upkeep import garbage
+
+    store = open_store(root)
+    try:
+        found = garbage(store)
+    except ValueError as error:
+        raise UserError([str(error)]) from None
+    for folder, paths in found.folders.items():
+        print(f"{folder}: {len(paths)} objects")
+    console.print(f"{len(found.paths)} objects in {len(found.folders)} results lead nowhere; {found.kept} are kept")
+    if not found.paths:
+        return
+    if not yes and not (sys.stdin.isatty() and typer.confirm("remove them?")):
+        console.print("nothing removed; --yes removes without asking")
+        return
+    # A manifest goes first: what follows it is then an unfinished stage, never a broken one.
+    for path in track(
+        sorted(found.paths, key=lambda path: not path.endswith("/manifest.json")), "removing", console=console
+    ):
+        store.delete(path)

@@ -1,0 +1,120 @@
+"""What leads nowhere is garbage, what a promotion came from never is; and a row's way back is complete."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from flows.record import RunRecord
+from flows.upkeep import garbage, trace, verify
+from infra.manifest import Manifest, commit_manifest, commit_part, table_entry
+from infra.store import LocalStore, Store
+from tasks import schemas
+from tasks.promote import move
+
+
+def stage(
+    store: Store,
+    name: str,
+    mark: str,
+    inputs: Sequence[Manifest] = (),
+    tables: Mapping[str, tuple[pa.Schema, list[Any]]] = MappingProxyType({}),
+) -> Manifest:
+    manifest = Manifest(
+        stage=name,
+        module=f"tasks.{name}",
+        version=1,
+        fingerprint=mark * 16,
+        settings={},
+        inputs={made.stage: made.path for made in inputs},
+    )
+    for table, (schema, rows) in tables.items():
+        part = commit_part(store, manifest.folder, table, 0, pa.Table.from_pylist(rows, schema))
+        manifest.tables[table] = table_entry(schema, [part])
+    if name == "models":
+        manifest.facts["models"] = {"teacher": {"name": "big", "revision": "r1"}}
+    return commit_manifest(store, manifest)
+
+
+def record(store: Store, *made: Manifest, state: str = "Completed") -> RunRecord:
+    run = RunRecord(
+        run="mine-1",
+        name="mine",
+        root=store.uri,
+        config={"seed": 5},
+        state=state,
+        stages=[{"name": each.stage, "fingerprint": each.fingerprint, "manifest": each.path} for each in made],
+        touched={each.stage: each.path for each in made},
+    )
+    run.save(store)
+    return run
+
+
+def test_what_no_run_and_no_promotion_leads_to_is_garbage(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    models = stage(store, "models", "a")
+    old, new = (stage(store, "train", mark, [models]) for mark in "bc")
+    promoted = stage(store, "report", "d", [old])
+    record(store, models, new)
+    lost = stage(store, "train", "e", [models])
+    move(store, "mine", promoted.fingerprint, {})
+    found = garbage(store)
+    assert set(found.folders) == {lost.folder}
+    assert found.kept == 4
+    store.delete("promoted/mine/" + "d" * 16 + ".json")
+    assert set(garbage(store).folders) == {lost.folder, old.folder, promoted.folder}
+
+
+def test_nothing_is_garbage_while_a_run_goes_on(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    record(store, stage(store, "models", "a"), state="Running")
+    with pytest.raises(ValueError, match="run mine-1 has not ended"):
+        garbage(store)
+
+
+def test_stages_that_a_killed_run_had_made_are_kept(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    models, later = stage(store, "models", "a"), stage(store, "annotate", "b")
+    run = record(store, models, later, state="Cancelled")
+    run.stages = run.stages[:1]  # killed again, earlier
+    run.save(store)
+    assert not garbage(store).folders
+
+
+def test_a_row_leads_back_to_prompt_samples_scores_and_models(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    ids = {"prompt_id": "p1", "sample_id": "s1"}
+    prompt = {"prompt_id": "p1", "messages": [{"role": "user", "content": "1 + 1?"}]}
+    signal = {"prompt_id": "p1", "unique_answers": 3, "reason": "selected"}
+    own = [{"prompt_id": "p1", "sample_id": f"own{i}", "text": str(i)} for i in range(2)] + [{"prompt_id": "p2"}]
+    made = [
+        stage(store, "models", "a"),
+        stage(store, "prompts", "b", tables={"candidates": (schemas.PROMPT, [prompt])}),
+        stage(store, "student-sample", "c", tables={"samples": (schemas.SAMPLE, own)}),
+        stage(store, "select", "d", tables={"signals": (schemas.SIGNAL, [signal])}),
+        stage(store, "annotate", "e", tables={"samples": (schemas.SAMPLE, [ids | {"seed": 9, "text": "2"}])}),
+        stage(
+            store,
+            "keep",
+            "f",
+            tables={
+                "kept": (schemas.KEPT, [ids | {"row_id": "s1"}]),
+                "scores": (schemas.SCORE, [ids | {"ta_teacher": 0.5}]),
+            },
+        ),
+    ]
+    run = record(store, *made)
+    found = trace(store, run, "s1")
+    assert found["prompt"]["messages"][0]["content"] == "1 + 1?"
+    assert found["teacher's answer"]["seed"] == 9
+    assert found["TA's score"]["ta_teacher"] == 0.5
+    assert found["signals"]["unique_answers"] == 3
+    assert [row["sample_id"] for row in found["student's answers"]] == ["own0", "own1"]
+    assert found["models"] == {"teacher": "big at r1"}
+    assert found["seed"] == 5
+    with pytest.raises(ValueError, match="trained on no such row"):
+        trace(store, run, "s2")
+    assert all(not damages for _, damages in verify(store, run, repair=False))
