@@ -9,10 +9,11 @@ from typing import Any
 
 from infra.store import Store, open_store
 from tasks.config import RunConfig
+from tasks.config.signals import TopTokens
 from tasks.stage import Runtime, StageSpec
 
 # Raised when a stage's code changes what it writes: older results are then made again.
-STAGE_VERSIONS: dict[str, int] = {"tasks.sample": 2, "tasks.keep": 2, "tasks.train": 2}
+STAGE_VERSIONS = {"tasks.sample": 3, "tasks.keep": 2, "tasks.train": 2, "tasks.evaluate": 2}
 
 
 class Pipeline(ABC):
@@ -61,7 +62,7 @@ def runtime(config: RunConfig, run: str) -> Runtime:
 
     def engine(role: str) -> dict[str, Any]:
         own = getattr(config.engines, role).model_dump(mode="json")
-        most = {"max_logprobs": kept.limit} if kept and role == "teacher" else {}
+        most = {"max_logprobs": kept.limit} if isinstance(kept, TopTokens) and role == "teacher" else {}
         return {**own, **most, "gpu": gpu, "seed": config.seed}
 
     return Runtime(

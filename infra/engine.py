@@ -105,6 +105,8 @@ class Engine:
             return
         folder = local_folder(self.store, model)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        if not self.spec.gpu:
+            self.llm.apply_model(repack_tied_head)
         self.llm.reset_prefix_cache()
         self.revision = model.revision
 
@@ -252,6 +254,14 @@ class Engine:
             means.append(total / max(1, len(response)))
             counts.append(len(response))
         return means, counts
+
+
+def repack_tied_head(model: Any) -> None:
+    """On CPU vLLM multiplies by a packed copy of the output projection, and reloading leaves the copy of a tied one as it
+    was: hidden states of the new weights, logits of the old."""
+    head = getattr(model, "lm_head", None)
+    if head is not None:
+        head.quant_method.process_weights_after_loading(head)
 
 
 def chosen(read: Any) -> list[float]:

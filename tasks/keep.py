@@ -45,9 +45,20 @@ def pairs(stage: Stage[KeepSettings]) -> Iterator[tuple[int, list[dict[str, Any]
     """(shard, one prompt row per sample, samples), shard by shard; both sides were cut alike."""
     parts = {part.shard: part for part in stage.input("samples").tables["samples"].parts}
     for shard, prompts in slices(stage, "prompts", stage.settings.table, stage.settings.shard_size):
-        samples = read_part(stage.store, parts[shard])
+        samples = with_distributions(stage, shard, read_part(stage.store, parts[shard]))
         by_id = {row["prompt_id"]: row for row in prompts.to_pylist()}
         yield shard, [by_id[prompt_id] for prompt_id in samples["prompt_id"].to_pylist()], samples
+
+
+def with_distributions(stage: Stage[KeepSettings], shard: int, samples: pa.Table) -> pa.Table:
+    """The samples of a shard with the teacher's distributions as a column, null where they were not asked for."""
+    table = stage.input("samples").tables.get("distributions")
+    if table is None:
+        return samples.append_column("distributions", pa.nulls(samples.num_rows, pa.binary()))
+    part = next(part for part in table.parts if part.shard == shard)
+    blobs = {row["sample_id"]: row["distributions"] for row in read_part(stage.store, part).to_pylist()}
+    column = pa.array([blobs[name] for name in samples["sample_id"].to_pylist()], pa.binary())
+    return samples.append_column("distributions", column)
 
 
 def score(stage: Stage[KeepSettings]) -> None:

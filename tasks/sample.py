@@ -17,7 +17,8 @@ from infra.manifest import fingerprint, read_part
 from infra.models import ModelRef
 from tasks import schemas
 from tasks.config.base import Config
-from tasks.config.signals import Distributions, Sampling
+from tasks.config.signals import Distributions, SampledTokens, Sampling, TopTokens
+from tasks.connection import connected
 from tasks.engines import Call, engines, model_of
 from tasks.stage import Stage, main
 
@@ -95,35 +96,61 @@ def sample_rows(answers: pa.Table, prompt_ids: list[str], model: ModelRef, setti
         "sample_index": indices,
         "seed": seeds,
         **{name: answers[name] for name in ANSWER},
-        "distributions": encoded(answers, settings.distributions, model.vocab_size),
     }
     return pa.table(columns, schema=schemas.SAMPLE)
 
 
-def encoded(answers: pa.Table, settings: Distributions | None, vocabulary: int) -> list[bytes | None]:
-    """Each answer's distributions as the column keeps them; nulls where they are not asked for."""
-    if settings is None:
-        return [None] * answers.num_rows
+def best_tokens(rows: pa.Table, answers: pa.Table, settings: TopTokens, vocabulary: int) -> pa.Table:
+    """Answers' distributions as the engine returned them, in DISTRIBUTION's columns."""
     import torch
 
     from kernels.codec import encode_topk
 
-    columns = (answers["best_ids"].to_pylist(), answers["best_logprobs"].to_pylist())
-    return [
+    columns, own = (answers["best_ids"].to_pylist(), answers["best_logprobs"].to_pylist()), settings.model_dump()
+    del own["type"]
+    blobs = [
         encode_topk(
             torch.tensor(ids).view(-1, settings.limit),
             torch.tensor(logprobs).view(-1, settings.limit),
             vocabulary,
-            **settings.model_dump(),
+            **own,
         )
         for ids, logprobs in zip(*columns, strict=True)
     ]
+    return pa.table({"sample_id": rows["sample_id"], "distributions": blobs}, schema=schemas.DISTRIBUTION)
+
+
+def read_again(stage: Stage[SampleSettings], model: ModelRef, settings: SampledTokens) -> None:
+    """Commit the distributions of all samples, read by the model in torch, shard by shard."""
+    import ray
+
+    from tasks.engines import release_engines
+    from tasks.reader import start_reader
+
+    runtime, done = stage.spec.runtime, stage.done("distributions")
+    parts = [part for part in stage.manifest.tables["samples"].parts if part.shard not in done]
+    if not parts:
+        return
+    gpu = bool(runtime.engines.get(stage.settings.engine, {}).get("gpu"))
+    with connected(runtime):
+        if gpu and runtime.namespace:
+            release_engines(runtime.namespace)
+        reader = start_reader(stage.spec.root, model, gpu)
+        for number, part in enumerate(parts, 1):
+            rows = read_part(stage.store, part, ["sample_id", "seed", "prompt_token_ids", "token_ids"])
+            columns = [rows[name].to_pylist() for name in ("prompt_token_ids", "token_ids", "seed")]
+            blobs = ray.get(reader.encode.remote(*columns, settings.model_dump()))
+            table = pa.table({"sample_id": rows["sample_id"], "distributions": blobs}, schema=schemas.DISTRIBUTION)
+            stage.commit("distributions", part.shard, table)
+            stage.progress(number, len(parts), "shards read again")
+        ray.kill(reader)
 
 
 def run(stage: Stage[SampleSettings]) -> None:
     settings, sampling = stage.settings, stage.settings.sampling
     base = model_of(stage, "models", settings.engine)
     model = model_of(stage, settings.weights, "student") if settings.weights else base
+    top = settings.distributions if isinstance(settings.distributions, TopTokens) else None
     done = stage.done("samples")
     total = stage.input("prompts").tables[settings.table].rows
     total = total if settings.limit is None else min(total, settings.limit)
@@ -143,7 +170,7 @@ def run(stage: Stage[SampleSettings]) -> None:
             options: dict[str, Any] = {
                 **sampling.model_dump(exclude={"samples"}),
                 "logprobs": settings.logprobs,
-                "best_tokens": settings.distributions.limit if settings.distributions else 0,
+                "best_tokens": top.limit if top else 0,
                 "template_args": settings.template_args,
             }
             yield (shard, prompt_ids), Call("generate", arguments, options)
@@ -153,6 +180,8 @@ def run(stage: Stage[SampleSettings]) -> None:
         with engines(stage) as access:
             for (shard, prompt_ids), answers in access.pool(settings.engine, base).map(calls()):
                 rows = sample_rows(answers, prompt_ids, model, settings)
+                if top:
+                    stage.commit("distributions", shard, best_tokens(rows, answers, top, model.vocab_size))
                 stage.commit("samples", shard, rows)
                 prompts_done += len(prompt_ids)
                 tokens += pc.sum(pc.list_value_length(rows["token_ids"])).as_py() or 0
@@ -160,6 +189,10 @@ def run(stage: Stage[SampleSettings]) -> None:
                 stage.progress(prompts_done, total, "prompts", tokens=tokens, tokens_per_second=round(rate, 1))
     seconds = time.monotonic() - began
     stage.close_table("samples", schemas.SAMPLE)
+    if isinstance(settings.distributions, SampledTokens):
+        read_again(stage, model, settings.distributions)
+    if settings.distributions:
+        stage.close_table("distributions", schemas.DISTRIBUTION)
     stage.facts.update(token_counts(stage, "samples"))
     stage.facts.update(
         queries=stage.manifest.tables["samples"].rows,

@@ -48,9 +48,11 @@ SAMPLE = pa.schema(
         # Under the sampling model at temperature 1, nats; null if not asked: their sum, and by token.
         ("logprob", pa.float32()),
         ("token_logprobs", pa.list_(pa.float32())),
-        ("distributions", pa.binary()),  # kernels/codec.py, one value a response; null if not asked
     ]
 )
+
+# The sampling model's distributions at every position of a response, where they are asked for: kernels/codec.py.
+DISTRIBUTION = pa.schema([("sample_id", pa.string()), ("distributions", pa.binary())])
 
 # The TA's view of one teacher annotation, kept or not.
 SCORE = pa.schema(
@@ -77,7 +79,7 @@ KEPT = pa.schema(
         ("prompt_token_ids", pa.list_(pa.int32())),
         ("token_ids", pa.list_(pa.int32())),
         ("weight", pa.float32()),
-        ("distributions", pa.binary()),  # the teacher's, as in SAMPLE
+        ("distributions", pa.binary()),  # the teacher's, as in DISTRIBUTION; null where they were not asked for
     ]
 )
 

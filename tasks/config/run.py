@@ -89,7 +89,7 @@ class RunConfig(Config):
             if method.compares and method.annotated == "stored" and not self.sampling.distributions:
                 raise ValueError(
                     f"{name}.method.annotated stored needs the teacher's distributions: set sampling.distributions "
-                    "({} will do), or annotated live"
+                    "({type: top} will do), or annotated live"
                 )
         rest = self.budget.queries - self.budget.warmup_queries
         if self.signals.candidates is not None and self.signals.candidates < rest:

@@ -21,18 +21,32 @@ class Sampling(Config):
     """Responses per prompt."""
 
 
-class Distributions(Config):
-    """What annotation keeps of the teacher's distributions: the likeliest tokens of each position and the mass of the
-    rest, compressed (about 60 bytes a position by default). At temperature 1, whatever the sampling temperature."""
+class TopTokens(Config):
+    """The likeliest tokens of each position and the mass of the rest, from the engine as it writes."""
 
+    type: Literal["top"] = "top"
     mass: float = Field(default=1.0, gt=0, le=1)
     """Tokens are kept until they hold this much."""
     limit: int = Field(default=29, ge=1, le=255)
     """Most tokens of a position."""
     min_prob: float = Field(default=1e-3, ge=0, lt=1)
-    """Tokens below this probability are left to the tail."""
+    """Tokens below this probability are left to the rest."""
     resolution: int = Field(default=16, ge=1, le=55)
     """Steps of a log-probability's code: more is finer."""
+
+
+class SampledTokens(Config):
+    """Likely tokens for certain and draws from the others: unbiased. The teacher reads its answers once more for it."""
+
+    type: Literal["sampled"] = "sampled"
+    grain: float = Field(default=1 / 64, ge=0.004, le=1)
+    """Tokens of this probability are kept for certain, and the others drawn once for so much mass."""
+    resolution: int = Field(default=48, ge=1, le=55)
+    """Steps of a log-probability's code: more is finer."""
+
+
+# What annotation keeps of the teacher's distributions, compressed, at temperature 1 whatever the sampling temperature.
+Distributions = Annotated[TopTokens | SampledTokens, Field(discriminator="type")]
 
 
 class Budget(Config):
