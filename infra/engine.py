@@ -257,8 +257,8 @@ class Engine:
 
 
 def repack_tied_head(model: Any) -> None:
-    """On CPU vLLM multiplies by a packed copy of the output projection, and reloading leaves the copy of a tied one as it
-    was: hidden states of the new weights, logits of the old."""
+    """On CPU vLLM multiplies by a packed copy of the output projection, and reloading leaves the copy of a tied one as
+    it was: hidden states of the new weights, logits of the old."""
     head = getattr(model, "lm_head", None)
     if head is not None:
         head.quant_method.process_weights_after_loading(head)
