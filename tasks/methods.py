@@ -7,6 +7,7 @@ Shape legend: N response positions of a micro-batch, H student width, G teacher 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -165,18 +166,29 @@ class OnPolicy(Divergent):
         )
 
 
-class Switch(OnPolicy):
-    """SWITCH (Koo et al. 2025): the student writes, the teacher takes over where the gate says so, and
-    D(p ‖ q)(y | x) is minimised over every response position of the mixed sequence; the rest are annotated rows."""
+class Together(OnPolicy):
+    """D(p ‖ q) on what student and teacher write together: SWITCH (Koo et al. 2025), speculative KD."""
 
-    def __init__(self, settings: config.Switch, teacher: Any, vocabulary: int) -> None:
-        super().__init__(settings, teacher, vocabulary, settings.divergence)
-        self.gate = gate_of(settings)
+    def __init__(
+        self,
+        settings: config.Switch | config.Skd,
+        teacher: Any,
+        vocabulary: int,
+        divergence: config.Divergence,
+        chosen: gate.Gate,
+    ) -> None:
+        super().__init__(settings, teacher, vocabulary, divergence)
+        self.gate, self.teacher_sampling = chosen, self.sampling
         drafter: Role | None = "student" if settings.block else None
-        self.decode: Callable[..., Rollout] = decode.reference
-        if settings.decoder == "blockwise":
-            # What a rollout learns about speed and acceptance serves the next one.
-            self.decode = partial(decode.blockwise, block=settings.block, drafter=drafter, pace=decode.Pace())
+        # What a rollout learns about speed and acceptance serves the next one.
+        self.decode: Callable[..., Rollout] = partial(
+            decode.blockwise, block=settings.block, drafter=drafter, pace=decode.Pace()
+        )
+        if isinstance(settings, config.Skd):
+            self.sampling = decode.Sampling(settings.temperature, settings.top_p)
+            self.teacher_sampling = decode.Sampling(settings.teacher_temperature, settings.teacher_top_p)
+        elif settings.decoder == "reference":
+            self.decode = decode.reference
 
     def rollout(self, student: Any, prompts: list[Tensor], keys: list[int], eos_ids: list[int]) -> Rollout:
         return self.decode(
@@ -189,9 +201,25 @@ class Switch(OnPolicy):
             eos_ids=eos_ids,
             keep_teacher_hidden=True,
             student_sampling=self.sampling,
-            teacher_sampling=self.sampling,
+            teacher_sampling=self.teacher_sampling,
             vocab_size=self.vocabulary,
         )
+
+
+class Opd(OnPolicy):
+    """On-policy distillation: Σ A_t · (−log q(y_t)) with A_t = log p(y_t) − log q(y_t), held fixed: in expectation the
+    gradient of KL(q ‖ p) at single steps. What is reported is the estimate of that divergence, −A_t."""
+
+    def loss(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
+        q, p = head.first(self.vocabulary), head_of(self.teacher).first(self.vocabulary)
+        weights_N, on_policy_N = batch.weights_N, batch.on_policy_N
+        with torch.no_grad():
+            _, minus_log_q_N = cross_entropy(hidden_NH, q, batch)
+            _, minus_log_p_N = cross_entropy(self.teacher_hidden(sequences), p, batch)
+            advantage_N = minus_log_q_N - minus_log_p_N
+            pull_N = torch.where(on_policy_N, advantage_N, 1.0)
+        surrogate, _ = cross_entropy(hidden_NH, q, replace(batch, weights_N=weights_N * pull_N))
+        return surrogate, torch.where(on_policy_N, -advantage_N, minus_log_q_N)
 
 
 def gate_of(settings: config.Switch) -> gate.Gate:
@@ -225,5 +253,10 @@ def method_of(settings: config.Method, teacher: Any, vocabulary: int) -> Method:
             return OnPolicy(settings, teacher, vocabulary, config.Divergence(name="forward_kl"))
         case config.Gkd():
             return OnPolicy(settings, teacher, vocabulary, settings.divergence)
+        case config.Skd():
+            divergence = config.Divergence(name="forward_kl")
+            return Together(settings, teacher, vocabulary, divergence, gate.InTopK(k=settings.top_k))
+        case config.Opd():
+            return Opd(settings, teacher, vocabulary, config.Divergence(name="reverse_kl"))
         case config.Switch():
-            return Switch(settings, teacher, vocabulary)
+            return Together(settings, teacher, vocabulary, settings.divergence, gate_of(settings))

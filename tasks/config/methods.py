@@ -172,6 +172,36 @@ class Gkd(OnPolicy):
     """What is minimised."""
 
 
+class Skd(OnPolicy):
+    """Speculative KD (Xu et al. 2025): the student drafts, the teacher draws anew what is not among its best tokens;
+    KL(p‖q) on the result."""
+
+    type: Literal["skd"] = "skd"
+    on_policy_share: float = Field(default=1.0, ge=0, le=1)
+    """Probability that a sequence of a batch is rolled out; the others are annotated rows."""
+    top_k: int = Field(default=25, ge=1)
+    """A drafted token stays if it is among so many of the teacher's best."""
+    block: int | None = Field(default=5, ge=1)
+    """Tokens drafted at once. Absent: by measured speed."""
+    temperature: float = Field(default=0.5, gt=0, le=2)
+    """The student's."""
+    top_p: float = Field(default=0.5, gt=0, le=1)
+    """The student's nucleus."""
+    teacher_temperature: float = Field(default=0.2, gt=0, le=2)
+    """The teacher's."""
+    teacher_top_p: float = Field(default=0.5, gt=0, le=1)
+    """The teacher's nucleus."""
+
+
+class Opd(OnPolicy):
+    """On-policy distillation: policy gradient at each token the student drew, its advantage log p − log q there, later
+    ones discounted by 0; cross entropy on annotated rows, if any are mixed in."""
+
+    type: Literal["opd"] = "opd"
+    on_policy_share: float = Field(default=1.0, ge=0, le=1)
+    """Probability that a sequence of a batch is rolled out; the others are annotated rows."""
+
+
 class Switch(OnPolicy):
     """SWITCH (Koo et al. 2025): the student writes, the teacher intervenes, and a divergence is minimised on the mixed
     sequences and on annotated ones."""
@@ -189,4 +219,4 @@ class Switch(OnPolicy):
     """Tokens that ``blockwise`` drafts at once. Absent: by measured speed, so two runs differ in rounding."""
 
 
-Method = Annotated[Sft | Seqkd | Kd | Imitkd | Gkd | Switch, Field(discriminator="type")]
+Method = Annotated[Sft | Seqkd | Kd | Imitkd | Gkd | Skd | Opd | Switch, Field(discriminator="type")]

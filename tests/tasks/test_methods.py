@@ -24,7 +24,7 @@ from kernels.codec import encode_sampled, encode_top
 from kernels.divergence import divergence_N, forward_kl, jsd
 from tasks.batches import Order, Sequence, collate, micro_batches, read_data
 from tasks.config import methods as config
-from tasks.methods import Divergent, Switch, cross_entropy, gate_of, method_of
+from tasks.methods import Divergent, Together, cross_entropy, gate_of, method_of
 from tasks.schemas import CHARGED, KEPT
 from tasks.stage import Stage, StageSpec
 from tasks.student import check_projection, head_of, hidden_states
@@ -118,7 +118,8 @@ def test_no_sequences_give_no_loss() -> None:
 @pytest.mark.parametrize("decoder", ["blockwise", "reference"])
 def test_rollout_brings_the_teachers_hidden_states_along(decoder: str) -> None:
     student, teacher = llama(0), llama(1)
-    method = Switch(config.Switch(max_new_tokens=9, decoder=decoder, block=3), teacher, 50)
+    method = method_of(config.Switch(max_new_tokens=9, decoder=decoder, block=3), teacher, 50)
+    assert isinstance(method, Together)
     prompts = [ids(1, 5, 6), ids(1, 9)]
     rollout = method.rollout(student, prompts, [11, 12], [2])
     assert rollout.teacher_hidden is not None
@@ -186,6 +187,49 @@ def test_stored_distributions_stand_in_for_the_teacher(mode: str) -> None:
     assert alone == pytest.approx(loss_of(Divergent(teacher, jsd(0.5), 50), student, rows), rel=0.02)
     with pytest.raises(ValueError, match=r"set sampling\.distributions"):
         loss_of(Divergent(None, jsd(0.5), 50, stored=True), student, [replace(rows[0], distributions=None)])
+
+
+def test_opd_follows_the_advantage_of_each_drawn_token() -> None:
+    student, teacher = llama(0), llama(1)
+    method = method_of(config.Opd(max_new_tokens=6), teacher, 50)
+    prompts = [ids(1, 5, 6), ids(1, 9)]
+    rollout = method.rollout(student, prompts, [11, 12], [2])
+    rolled = [Sequence("", *pair, on_policy=True) for pair in zip(prompts, rollout.tokens, strict=True)]
+    batch = collate(rolled, CPU)
+    hidden_NH = hidden_states(student, batch.ids_BL).flatten(0, 1)[batch.where_N].detach().requires_grad_()
+    loss, losses_N = method.loss(hidden_NH, head_of(student), batch, rolled)
+    loss.backward()
+    log_q_NV = (hidden_NH.detach() @ head_of(student).weight_VH.detach().T).requires_grad_()
+    with torch.no_grad():
+        log_p_NV = torch.cat(
+            [
+                teacher(torch.cat([row.prompt, row.response])[None]).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1)
+                for row in rolled
+            ]
+        )
+    chosen_N = log_q_NV.log_softmax(-1).gather(-1, batch.targets_N[:, None])[:, 0]
+    advantage_N = (log_p_NV.gather(-1, batch.targets_N[:, None])[:, 0] - chosen_N).detach()
+    (-advantage_N * chosen_N).sum().backward()
+    assert log_q_NV.grad is not None
+    torch.testing.assert_close(
+        hidden_NH.grad, log_q_NV.grad @ head_of(student).weight_VH.detach(), rtol=1e-3, atol=1e-5
+    )
+    torch.testing.assert_close(losses_N.float(), -advantage_N, rtol=1e-4, atol=1e-5)
+
+
+def test_skd_keeps_drafts_that_are_among_the_teachers_best() -> None:
+    student, teacher = llama(0), llama(1)
+    method = method_of(config.Skd(max_new_tokens=12, top_k=10, block=3), teacher, 50)
+    prompts = [ids(1, 5, 6), ids(1, 9), ids(1, 30)]
+    rollout = method.rollout(student, prompts, [11, 12, 13], [2])
+    assert 0 < rollout.stats.intervention_rate < 1
+    for prompt, tokens, wrote in zip(prompts, rollout.tokens, rollout.teacher_wrote, strict=True):
+        logits_TV = teacher(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        rank_T = (logits_TV > logits_TV.gather(-1, tokens[:, None])).sum(-1)
+        assert (rank_T[~wrote] < 10).all()
+    rows = [Sequence("", *pair, on_policy=True) for pair in zip(prompts, rollout.tokens, strict=True)]
+    kl = loss_of(Divergent(teacher, forward_kl(), 50), student, rows)
+    assert loss_of(method, student, rows) == pytest.approx(kl, rel=1e-6)
 
 
 def test_imitkd_rolls_out_every_sequence_and_minimises_forward_kl() -> None:
