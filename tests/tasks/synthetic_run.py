@@ -219,6 +219,9 @@ class SyntheticRun:
             intervention_rate=0.42 if on_policy else None,
             agreeing_interventions=0.5 if on_policy else None,
             rollouts=480 if on_policy else 0,
+            parity={"teacher": {"sequences": 4, "tokens": 210, "mean": 4.2e-06, "largest": 3.1e-05}}
+            if on_policy
+            else {},
         )
 
     def evaluation(self, name: str, labels: list[str], problems: int) -> None:
