@@ -210,6 +210,26 @@ def test_an_interrupted_and_killed_redo_continues_to_the_same_rows(finished: Fin
 
 
 @pytest.mark.long
+@pytest.mark.timeout(SECONDS)
+def test_a_deep_plan_compares_engines_with_training_models(finished: Finished) -> None:
+    command = [*COMMAND, "plan", str(finished.config), "--root", str(finished.root), "--deep", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=SECONDS)
+    assert found.returncode == 0, found.stderr[-2000:]
+    parity = json.loads(found.stdout.splitlines()[-1])["parity"]
+    assert all(parity[role]["largest"] < 1e-3 for role in ("teacher", "student"))
+    strict = subprocess.run(
+        [*command, "--set", "train.parity.float32={mean: 1.0e-12, largest: 1.0e-12}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=SECONDS,
+    )
+    assert strict.returncode == 2
+    assert "train.parity" in strict.stderr.splitlines()[-1]
+    assert "Traceback" not in strict.stderr
+
+
+@pytest.mark.long
 @pytest.mark.timeout(3 * SECONDS)
 def test_a_run_killed_in_every_stage_continues_to_the_same_rows(finished: Finished, tmp_path: Path) -> None:
     root = tmp_path / "root"
