@@ -23,8 +23,8 @@ from tasks.student import head_of, hidden_states
 
 LAYERS = [0, 1, 9, 19, 28, 29]
 # Steps after which a student is kept; the last one is the pair's.
-CHECKPOINTS = (25, 60, 130)
-TEACHER_STEPS, BATCH = 30, 8
+CHECKPOINTS = (20, 45, 90)
+TEACHER_STEPS, BATCH = 24, 8
 END = "<|im_end|>"
 
 CITIES = ["Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Dublin", "Boston", "Chicago", "Tokyo"]

@@ -38,7 +38,7 @@ from tasks.batches import Sequence, collate
 from tasks.student import head_of, hidden_states
 
 LAYERS = [0, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 28, 29]
-STEPS, LENGTH = 40, 192
+STEPS, LENGTH = 25, 192
 DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl(), "skewed_reverse_kl": skewed_reverse_kl(0.1)}
 # Settings whose bytes come out near 30, 60, 100 and 200 a position; the second of each mode is the headline's.
 TOP = {

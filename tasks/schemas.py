@@ -101,7 +101,7 @@ SIGNAL = pa.schema(
         ("ta_student", pa.float32()),  # the TA's confidence in the majority answer, 0 to 1
         ("uncertainty", pa.float32()),  # rank average, 0 to 1
         ("selected", pa.bool_()),
-        ("reason", pa.string()),  # selected | budget_exhausted
+        ("reason", pa.string()),  # selected | budget_exhausted | source_cap
     ]
 )
 

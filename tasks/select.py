@@ -17,6 +17,7 @@ from pydantic import Field
 
 from infra.manifest import read_part
 from kernels.consistency import Consistency, consistency, rank_average
+from kernels.selection import SELECTED, choose
 from tasks import schemas
 from tasks.config.base import Config
 from tasks.config.signals import Confidence, PTrue, Select
@@ -29,6 +30,11 @@ from tasks.verify import final_answer, is_correct
 # Columns of SIGNAL that one prompt's samples and the TA decide; the others need all prompts.
 OWN_COLUMNS = [field for field in schemas.SIGNAL if field.name not in ("uncertainty", "selected", "reason")]
 OBSERVED = pa.schema(OWN_COLUMNS)
+
+
+# What decides: self-consistency by its measure (column, and the sign that makes more of it doubt), and the others.
+MEASURES = {"unique": ("unique_answers", 1.0), "majority": ("majority_share", -1.0), "entropy": ("entropy", 1.0)}
+DECIDING = ["prompt_id", "source", "unique_answers", "majority_share", "entropy", "ta_student", "correct"]
 
 
 class SelectSettings(Config):
@@ -137,27 +143,37 @@ def draw(seed: int, prompt_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\x1fselect\x1f{prompt_id}".encode()).digest()[:8], "big") >> 1
 
 
-def uncertainty(settings: SelectSettings, unique_N: np.ndarray, confidence_N: np.ndarray) -> np.ndarray:
-    """Rank average of N prompts, 0 (certain) to 1; random selection has none and gives 0.5 to all."""
-    if settings.select.rule == "random":
-        return np.full(len(unique_N), 0.5)
-    weights = [settings.select.consistency_weight, settings.select.assistant_weight]
-    return rank_average([unique_N, 1.0 - confidence_N], weights)
+def uncertainty(select: Select, columns: pa.Table) -> np.ndarray:
+    """Of N prompts, 0 (certain) to 1: the rank average of the signals; random selection has none and gives 0.5 to all;
+    the oracle knows what is wrong (1), right (0) and unknown (0.5)."""
+    if select.rule == "random":
+        return np.full(columns.num_rows, 0.5)
+    if select.rule == "oracle":
+        return np.array([0.5 if known is None else 1.0 - known for known in columns["correct"].to_pylist()])
+    column, sign = MEASURES[select.consistency]
+    doubts = [sign * columns[column].to_numpy(), 1.0 - columns["ta_student"].to_numpy()]
+    return rank_average(doubts, [select.consistency_weight, select.assistant_weight])
 
 
 def run(stage: Stage[SelectSettings]) -> None:
     score(stage)
     settings = stage.settings
     parts = stage.manifest.tables["observed"].parts
-    # Three small columns decide; the rows themselves are read again part by part.
-    small = [read_part(stage.store, part, ["prompt_id", "unique_answers", "ta_student"]) for part in parts]
+    # A few small columns decide; the rows themselves are read again part by part.
+    small = [read_part(stage.store, part, DECIDING) for part in parts]
     columns = pa.concat_tables(small)
     prompt_ids = columns["prompt_id"].to_pylist()
-    uncertainty_N = uncertainty(settings, columns["unique_answers"].to_numpy(), columns["ta_student"].to_numpy())
+    uncertainty_N = uncertainty(settings.select, columns)
     ties_N = np.array([draw(settings.seed, prompt_id) for prompt_id in prompt_ids])
     order = np.lexsort((ties_N, -uncertainty_N))
-    selected_N = np.zeros(len(prompt_ids), bool)
-    selected_N[order[: settings.queries]] = True
+    reasons_N = choose(
+        order,
+        columns["source"].to_pylist(),
+        settings.queries,
+        most=settings.select.source_share,
+        balance=settings.select.balance,
+    )
+    selected_N = reasons_N == SELECTED
 
     position = 0
     for part, (shard, prompts) in zip(parts, slices(stage, "prompts", "candidates", settings.shard_size), strict=True):
@@ -170,7 +186,7 @@ def run(stage: Stage[SelectSettings]) -> None:
             shard,
             rows.append_column("uncertainty", pa.array(uncertainty_N[here], pa.float32()))
             .append_column("selected", pa.array(chosen))
-            .append_column("reason", pa.array(np.where(chosen, "selected", "budget_exhausted")))
+            .append_column("reason", pa.array(reasons_N[here].tolist()))
             .cast(schemas.SIGNAL),
         )
         stage.commit("selected", shard, prompts.filter(pa.array(chosen)))

@@ -3,7 +3,7 @@ by our own choice otherwise: the paper's body leaves shares and thresholds open.
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.config.base import Config
 
@@ -92,7 +92,22 @@ class MeanLogprob(Config):
     type: Literal["mean_logprob"] = "mean_logprob"
 
 
-Confidence = Annotated[PTrue | MeanLogprob, Field(discriminator="type")]
+VERBALIZED = """Question: {question}
+Proposed answer: {answer}
+How likely is the proposed answer to be correct? Rate it from 1 (surely wrong) to 5 (surely right). Rating:"""
+
+
+class Verbalized(Config):
+    """The TA writes a rating from 1 to 5, read as 0 to 1; an answer without one counts as 0."""
+
+    type: Literal["verbalized"] = "verbalized"
+    template: str = Field(default=VERBALIZED, pattern=r"\{answer\}")
+    """What the TA is asked; {question} and {answer} are filled in."""
+    max_tokens: int = Field(default=8, ge=1, le=256)
+    """Longest rating, tokens."""
+
+
+Confidence = Annotated[PTrue | MeanLogprob | Verbalized, Field(discriminator="type")]
 
 
 class Keep(Config):
@@ -110,12 +125,25 @@ class Keep(Config):
 class Select(Config):
     """Which prompts are worth a teacher query."""
 
-    rule: Literal["signals", "random"] = "signals"
-    """``signals``: the highest uncertainty, the weighted rank average of both signals. ``random``: no signals."""
+    rule: Literal["signals", "random", "oracle"] = "signals"
+    """``signals``: the highest uncertainty, the weighted rank average of both signals. ``random``: no signals.
+    ``oracle``: what the student is known to get wrong, for analysis only."""
+    consistency: Literal["unique", "majority", "entropy"] = "unique"
+    """Self-consistency by the number of unique answers, the majority's share, or the answers' normalised entropy."""
     consistency_weight: float = Field(default=1.0, ge=0)
     """Weight of the student's self-consistency (number of unique answers)."""
     assistant_weight: float = Field(default=1.0, ge=0)
     """Weight of the TA's doubt about the student's answer."""
+    source_share: float = Field(default=1.0, gt=0, le=1)
+    """Most of the queries that prompts of one source may take."""
+    balance: float = Field(default=0.0, ge=0, le=1)
+    """Places guaranteed to each source: 0 by its share of the candidates and not at all, 1 equally many."""
+
+    @model_validator(mode="after")
+    def _something_decides(self) -> "Select":
+        if self.rule == "signals" and not self.consistency_weight + self.assistant_weight:
+            raise ValueError("consistency_weight and assistant_weight are both 0: raise one, or set rule random")
+        return self
 
 
 class Signals(Config):
