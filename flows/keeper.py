@@ -1,7 +1,9 @@
-"""Commands that look at a store, and look after it: ``switchyard show | verify | trace | gc``."""
+"""Commands that look at a store, and look after it: ``switchyard show | compare | signals | verify | trace | gc``."""
 
+import io
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -52,6 +54,45 @@ def show(run: str, root: Root = "runs/default", json_: Json = False) -> None:
         console.print(metrics_table(result["metrics"]))
     if json_:
         print(json.dumps(result), flush=True)
+
+
+@keeper.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Runs, by id or the start of it.")],
+    root: Root = "runs/default",
+    html: Annotated[Path | None, typer.Option(help="Also write the table as a page.")] = None,
+    json_: Json = False,
+) -> None:
+    """Put runs side by side: method, cost, results, and quality for cost."""
+    from flows.compare import comparison
+    from flows.tables import comparison_table
+
+    rows = [comparison(*opened(root, run)) for run in runs]
+    table = comparison_table(rows)
+    console.print(table)
+    if html:
+        page = Console(record=True, width=160, file=io.StringIO())
+        page.print(table)
+        html.write_text(page.export_html())
+        console.print(f"page     {html}", highlight=False)
+    if json_:
+        print(json.dumps(rows), flush=True)
+
+
+@keeper.command()
+def signals(run: str, root: Root = "runs/default", json_: Json = False) -> None:
+    """Say what each signal would have selected, and what its annotation would have cost."""
+    from flows.compare import choices
+    from flows.tables import choices_table
+
+    store, record = opened(root, run)
+    try:
+        rows = choices(store, record)
+    except ValueError as error:
+        raise UserError([str(error)]) from None
+    console.print(choices_table(rows))
+    if json_:
+        print(json.dumps(rows), flush=True)
 
 
 @keeper.command()

@@ -58,6 +58,44 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def comparison_table(rows: list[dict[str, Any]]) -> Table:
+    """Runs as columns: a line is read across them."""
+    table = Table(title="runs side by side", title_justify="left")
+    table.add_column("")
+    for row in rows:
+        table.add_column(row["run"], justify="right")
+    for key in ("state", "method", "steps", "queries", "teacher_tokens", "seconds"):
+        table.add_row(key.replace("_", " "), *(written(row[key]) for row in rows))
+    for metric in ("loss", "rouge_l", "accuracy"):
+        table.add_section()
+        table.add_row(metric, *(written(row[metric]) for row in rows))
+        table.add_row("  interval", *(" to ".join(map(written, row[f"{metric}_ci"] or [])) for row in rows))
+        for unit in ("per_1000_queries", "per_million_teacher_tokens", "per_hour"):
+            name = f"  gain {unit.replace('_', ' ')}"
+            table.add_row(name, *(written(row[f"{metric}_{unit}"]) for row in rows))
+    return table
+
+
+def choices_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="what each signal would have selected", title_justify="left")
+    table.add_column("signal")
+    for name in ("queries", "as selected", "known to be wrong", "unique answers", "TA's confidence", "teacher tokens"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        wrong = f"{row['known_wrong']} of {row['known']}" if row["known"] else ""
+        means = (written(row["mean_unique_answers"]), written(row["mean_ta_student"]))
+        shared = f"{row['shared']} of {row['queries']}"
+        table.add_row(row["signal"], str(row["queries"]), shared, wrong, *means, f"{row['teacher_tokens']:,}")
+    return table
+
+
+def written(value: Any) -> str:
+    """A cell: four significant digits, nothing where nothing is known."""
+    if value is None:
+        return ""
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def trace_table(found: dict[str, Any]) -> Table:
     table = Table(title="where the row comes from", title_justify="left")
     for name in ("what", "column", "value"):

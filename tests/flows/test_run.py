@@ -170,6 +170,25 @@ def test_a_training_row_is_traced_to_its_prompt(finished: Finished) -> None:
     assert found["teacher's answer"]["sample_id"] == row
 
 
+def test_runs_are_compared_and_signals_weighed(finished: Finished, tmp_path: Path) -> None:
+    page = tmp_path / "runs.html"
+    options = ["--root", str(finished.root), "--json"]
+    compare = [*COMMAND, "compare", "tiny", "tiny", "--html", str(page), *options]
+    rows = json.loads(subprocess.run(compare, capture_output=True, text=True, cwd=ROOT, check=True).stdout)
+    assert [row["queries"] for row in rows] == [24, 24]
+    assert rows[0]["loss"] == finished.result["metrics"]["final"]["loss"]
+    gain = rows[0]["loss"] - finished.result["metrics"]["base"]["loss"]
+    assert rows[0]["loss_per_1000_queries"] == pytest.approx(gain * 1000 / 24, rel=0.01)
+    assert "runs side by side" in page.read_text()
+
+    weigh = [*COMMAND, "signals", "tiny", *options]
+    ways = json.loads(subprocess.run(weigh, capture_output=True, text=True, cwd=ROOT, check=True).stdout)
+    by_way = {way["signal"]: way for way in ways}
+    assert by_way["both"]["shared"] == by_way["both"]["queries"] == 12
+    assert all(way["queries"] == 12 and way["teacher_tokens"] > 0 for way in ways)
+    assert by_way["oracle"]["known_wrong"] == max(way["known_wrong"] for way in ways)
+
+
 def test_show_tells_the_run(finished: Finished) -> None:
     command = [*COMMAND, "show", "tiny", "--root", str(finished.root), "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)

@@ -1,0 +1,122 @@
+"""Runs side by side, and what each signal would have chosen. Read from what runs left; nothing is run again."""
+
+from typing import Any
+
+from flows.record import RunRecord
+from infra.manifest import Manifest, read_rows
+from infra.store import Store
+from tasks.accounts import online_teacher_tokens, per_1000_queries, teacher_queries, total
+
+METRICS = ("loss", "rouge_l", "accuracy")
+
+
+def comparison(store: Store, record: RunRecord) -> dict[str, Any]:
+    """One run's line: what it did, what it cost, what came of it. None where the run is not that far."""
+    manifests = record.manifests(store)
+    facts = manifests["report"].facts if "report" in manifests else {}
+    config, queries = record.config, teacher_queries(manifests)
+    written = total(fact(manifests, name, "completion_tokens") for name in ("warmup-annotate", "annotate"))
+    row: dict[str, Any] = {
+        "run": record.run,
+        "state": record.state,
+        "method": config["train"]["method"]["type"],
+        "steps": config["warmup"]["steps"] + config["train"]["steps"],
+        "queries": queries,
+        "teacher_tokens": total((written, online_teacher_tokens(manifests))),
+        "seconds": round(sum(manifest.seconds for manifest in manifests.values()), 1),
+    }
+    final = (facts.get("metrics") or {}).get("final") or {}
+    gain = (facts.get("differences") or {}).get("final-base")
+    per_query = per_1000_queries(gain, queries) if gain else {}
+    for metric in METRICS:
+        row[metric], row[f"{metric}_ci"] = final.get(metric), final.get(f"{metric}_ci")
+        row[f"{metric}_per_1000_queries"] = per_query.get(metric)
+        row[f"{metric}_per_million_teacher_tokens"] = per_unit(gain, metric, row["teacher_tokens"], 1e6)
+        row[f"{metric}_per_hour"] = per_unit(gain, metric, row["seconds"], 3600)
+    return row
+
+
+def fact(manifests: dict[str, Manifest], name: str, key: str) -> Any:
+    return manifests[name].facts.get(key) if name in manifests else None
+
+
+def per_unit(gain: dict[str, Any] | None, metric: str, amount: float | None, unit: float) -> float | None:
+    """The gain of final over base for so much of something."""
+    if not gain or gain.get(metric) is None or not amount:
+        return None
+    return float(gain[metric] * unit / amount)
+
+
+# Ways to choose, as settings of ``signals.select``.
+WAYS: dict[str, dict[str, Any]] = {
+    "unique answers": {"assistant_weight": 0.0},
+    "majority share": {"assistant_weight": 0.0, "consistency": "majority"},
+    "answer entropy": {"assistant_weight": 0.0, "consistency": "entropy"},
+    "TA's confidence": {"consistency_weight": 0.0},
+    "both": {},
+    "random": {"rule": "random"},
+    "oracle": {"rule": "oracle"},
+}
+
+
+def choices(store: Store, record: RunRecord) -> list[dict[str, Any]]:
+    """What each signal would have selected from the run's candidates with the same number of queries.
+
+    One line a way: how many of the run's own choices it shares, how many of its choices the student is known to get
+    wrong, and what their annotation would have cost in teacher tokens, by the mean of each source. ValueError where the
+    run has not selected yet.
+    """
+    import numpy as np
+    import pyarrow.compute as pc
+
+    from kernels.selection import SELECTED, choose
+    from tasks.config.signals import Select
+    from tasks.select import draw, uncertainty
+
+    manifests = record.manifests(store)
+    if "select" not in manifests:
+        raise ValueError(f"run {record.run} has not selected prompts yet: its stage select is not done")
+    table = read_rows(store, manifests["select"], "signals")
+    queries, seed = manifests["select"].settings["queries"], manifests["select"].settings["seed"]
+    sources, own = table["source"].to_pylist(), table["selected"].to_numpy(zero_copy_only=False)
+    ties = np.array([draw(seed, prompt_id) for prompt_id in table["prompt_id"].to_pylist()])
+    wrong = np.array([None if known is None else not known for known in table["correct"].to_pylist()], dtype=object)
+    tokens = tokens_by_source(store, manifests)
+    rows = []
+    for way, settings in WAYS.items():
+        order = np.lexsort((ties, -uncertainty(Select(**settings), table)))
+        chosen = choose(order, sources, queries) == SELECTED
+        known = [value for value in wrong[chosen] if value is not None]
+        rows.append(
+            {
+                "signal": way,
+                "queries": int(chosen.sum()),
+                "shared": int((chosen & own).sum()),
+                "known_wrong": sum(known) if known else None,
+                "known": len(known),
+                "mean_unique_answers": pc.mean(table["unique_answers"].filter(chosen)).as_py(),
+                "mean_ta_student": pc.mean(table["ta_student"].filter(chosen)).as_py(),
+                "teacher_tokens": round(sum(tokens.get(sources[i], tokens[""]) for i in np.flatnonzero(chosen))),
+            }
+        )
+    return rows
+
+
+def tokens_by_source(store: Store, manifests: dict[str, Manifest]) -> dict[str, float]:
+    """Mean tokens the teacher wrote on a prompt of each source; under "" over all, 0 before its first answer."""
+    import pyarrow as pa
+
+    parts = []
+    for prefix in ("warmup-", ""):
+        samples, scores = manifests.get(f"{prefix}annotate"), manifests.get(f"{prefix}keep")
+        if samples and scores:
+            written = read_rows(store, samples, "samples", ["sample_id", "token_ids"])
+            named = read_rows(store, scores, "scores", ["sample_id", "source"])
+            lengths = pa.compute.list_value_length(written["token_ids"])
+            sized = pa.table({"sample_id": written["sample_id"], "tokens": lengths})
+            parts.append(sized.join(named, "sample_id"))
+    if not parts:
+        return {"": 0.0}
+    rows = pa.concat_tables(parts)
+    means = rows.group_by("source").aggregate([("tokens", "mean")]).to_pylist()
+    return {"": pa.compute.mean(rows["tokens"]).as_py()} | {row["source"]: row["tokens_mean"] for row in means}
