@@ -2,7 +2,7 @@
 
 A decoder does about 2 floating-point operations a parameter and token forward, 6 in training. Rates are what a machine
 sustains, not its peak: the CPU's are rounded from short runs on two cores, the GPU's are assumptions that no run has
-checked. Small runs take longer than estimated, since starting jobs and engines outweighs their work.
+checked. In small runs starts outweigh the work: what a job costs before it works is the quickstart's, on two cores.
 """
 
 import os
@@ -20,7 +20,7 @@ DECODE_FLOPS_PER_CORE = 20e9
 TRAIN_FLOPS_PER_CORE = 60e9
 DECODE_FLOPS_PER_GPU = 20e12
 TRAIN_FLOPS_PER_GPU = 100e12
-START_SECONDS = {"cpu": 12.0, "gpu": 60.0}
+START_SECONDS = {"cpu": 20.0, "gpu": 60.0}
 # Prompts and responses are seldom as long as they may be.
 FILL = 0.4
 # Interpreter, torch and vLLM of one engine or worker beside its weights.
@@ -110,8 +110,8 @@ def estimate(config: RunConfig) -> Estimate:
     seeds, length = len(config.evaluate.seeds), config.evaluate.max_tokens
     sample("evaluate-before", heldout, seeds, length, teacher + student)
     sample("evaluate-after", heldout, seeds, length, 2 * student)
-    for name in ("models", "prompts", "report"):
-        result.stages[name] = Cost(seconds=start)
+    for name, starts in (("models", 2), ("prompts", 1), ("report", 1)):
+        result.stages[name] = Cost(seconds=starts * start)
 
     result.teacher_queries = config.budget.queries * written.samples
     width = 2 if gpu else 4
