@@ -23,7 +23,7 @@ from tasks.student import head_of, hidden_states
 
 LAYERS = [0, 1, 9, 19, 28, 29]
 # Steps after which a student is kept; the last one is the pair's.
-CHECKPOINTS = (20, 45, 90)
+CHECKPOINTS = (10, 20, 48)
 TEACHER_STEPS, BATCH = 24, 8
 END = "<|im_end|>"
 
