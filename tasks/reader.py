@@ -22,13 +22,13 @@ BATCH = 8
 class Reader:
     """The model, in a process of its own."""
 
-    def __init__(self, root: str, model: dict[str, Any], gpu: bool) -> None:
+    def __init__(self, root: str, model: dict[str, Any], gpu: bool, all_threads: bool = False) -> None:
         import torch
 
         from tasks.student import check_projection
 
-        # Ray gives an actor without CPUs one thread.
-        torch.set_num_threads(os.cpu_count() or 1)
+        if all_threads:
+            torch.set_num_threads(os.cpu_count() or 1)
         self.device = torch.device("cuda" if gpu else "cpu")
         folder = local_folder(open_store(root), ModelRef.model_validate(model))
         self.model = load_model(folder, "bfloat16" if gpu else "float32").to(self.device)
@@ -70,4 +70,5 @@ class Reader:
 def start_reader(root: str, model: ModelRef, gpu: bool) -> Any:
     """The actor. On GPUs it needs one that no engine holds."""
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1} if gpu else {"num_cpus": 0}
-    return ray.remote(Reader).options(**options).remote(root, model.model_dump(), gpu)
+    # Ray gives an actor without CPUs one thread.
+    return ray.remote(Reader).options(**options).remote(root, model.model_dump(), gpu, all_threads=True)

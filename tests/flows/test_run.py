@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ COMMAND = [sys.executable, "-m", "flows.cli"]
 def start(config: Path, root: Path, *options: str) -> subprocess.Popen[str]:
     command = [*COMMAND, "run", str(config), "--root", str(root), "--json", *options]
     environment = {**os.environ, "SWITCHYARD_HOME": str(config.parent / "home")}
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
+    # Where these tests run in the background, Ctrl-C is ignored, and children would inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=heed)
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:

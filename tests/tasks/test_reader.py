@@ -10,6 +10,7 @@ from infra.store import LocalStore
 from kernels.codec import decode
 from tasks.reader import Reader
 
+torch.set_num_threads(1)
 SETTINGS = {"type": "sampled", "grain": 0.01, "resolution": 55}
 
 
