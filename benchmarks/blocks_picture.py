@@ -24,18 +24,18 @@ def draw(axes: Any, rollout: Rollout, words: list[str]) -> None:
 
     wrote, stands = rollout.teacher_wrote[0].tolist(), stood(rollout, "student")[0]
     for place, (word, teacher) in enumerate(zip(words, wrote, strict=True)):
-        axes.add_patch(Rectangle((place, 2.1), 0.94, 0.8, color=TEACHER if teacher else STUDENT))
-        axes.text(place + 0.47, 2.5, word, ha="center", va="center", fontsize=6.5, rotation=90 if len(word) > 4 else 0)
-        axes.add_patch(Rectangle((place, 1.35), 0.94, 0.3, color=GREY))
+        axes.add_patch(Rectangle((place, 2.1), 0.88, 0.8, facecolor=TEACHER if teacher else STUDENT))
+        axes.text(place + 0.44, 2.5, word, ha="center", va="center", fontsize=6.5, rotation=90 if len(word) > 4 else 0)
+        axes.add_patch(Rectangle((place, 1.35), 0.88, 0.3, facecolor=GREY))
     start, blocks = 0, 0
     while start < len(words):
         cut = next((place for place in range(start, min(start + BLOCK, len(words))) if not stands[place]), None)
         width, end = min(BLOCK, len(words) - start), start + BLOCK if cut is None else cut + 1
         end = min(end, len(words))
-        axes.add_patch(Rectangle((start, 0.55), width - 0.06, 0.3, color=GREY))
+        axes.add_patch(Rectangle((start, 0.55), width - 0.12, 0.3, facecolor=GREY))
         if cut is not None:
-            axes.plot([end - 0.03] * 2, [0.35, 2.95], color=CUT, linewidth=1.4)
-            axes.add_patch(Rectangle((end, 0.55), start + width - end - 0.06, 0.3, color="#e0e0e0"))
+            axes.plot([end - 0.06] * 2, [0.35, 2.95], color=CUT, linewidth=1.4)
+            axes.add_patch(Rectangle((end, 0.55), start + width - end - 0.12, 0.3, facecolor="#d5d5d5"))
         start, blocks = end, blocks + 1
     left = -0.4
     axes.text(left, 2.5, "tokens, the same\nfrom both", ha="right", va="center", fontsize=8)
