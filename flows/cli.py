@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -166,15 +166,18 @@ def plan(
 ) -> None:
     """Say what a run would do, what is done already, what it would cost, and what stands in its way. Starts nothing,
     unless --deep asks for it."""
-    from flows.plan import plan_run
-    from flows.tables import plan_table
-
     settings = read_config(config, set_)
-    found = plan_run(settings, root)
-    console.print(plan_table(found))
-    facts = found.facts()
-    if deep and not found.problems:
-        facts["parity"] = deep_parity(settings, root)
+    # Prefect reads its settings when it is imported: a server comes before everything that imports it.
+    with prefect_server(root) if deep else nullcontext(bool) as ready:
+        from flows.plan import plan_run
+        from flows.tables import plan_table
+
+        found = plan_run(settings, root)
+        console.print(plan_table(found))
+        facts = found.facts()
+        if deep and not found.problems:
+            ready()
+            facts["parity"] = deep_parity(settings, root)
     if json_:
         print(json.dumps(facts), flush=True)
     if found.problems:
@@ -183,14 +186,12 @@ def plan(
 
 def deep_parity(settings: RunConfig, root: str) -> dict[str, Any]:
     """Run the deep check; its figures by role. UserError where they are past the tolerance."""
-    with prefect_server(root) as ready:
-        ready()
-        from flows.deep import deep_check
-        from flows.display import terminal
-        from flows.tables import parity_table
+    from flows.deep import deep_check
+    from flows.display import terminal
+    from flows.tables import parity_table
 
-        with terminal():
-            state: Any = deep_check(on_running_cluster(settings), root, return_state=True)
+    with terminal():
+        state: Any = deep_check(on_running_cluster(settings), root, return_state=True)
     if not state.is_completed():
         raise UserError([state.message])
     found: dict[str, Any] = state.result()
