@@ -5,9 +5,8 @@ from typing import Any
 from flows.record import RunRecord
 from infra.manifest import Manifest, read_rows
 from infra.store import Store
-from tasks.accounts import online_teacher_tokens, per_1000_queries, teacher_queries, total
-
-METRICS = ("loss", "rouge_l", "accuracy")
+from tasks.accounts import fact, online_teacher_tokens, per_1000_queries, teacher_queries, total
+from tasks.metrics import METRICS
 
 
 def comparison(store: Store, record: RunRecord) -> dict[str, Any]:
@@ -34,10 +33,6 @@ def comparison(store: Store, record: RunRecord) -> dict[str, Any]:
         row[f"{metric}_per_million_teacher_tokens"] = per_unit(gain, metric, row["teacher_tokens"], 1e6)
         row[f"{metric}_per_hour"] = per_unit(gain, metric, row["seconds"], 3600)
     return row
-
-
-def fact(manifests: dict[str, Manifest], name: str, key: str) -> Any:
-    return manifests[name].facts.get(key) if name in manifests else None
 
 
 def per_unit(gain: dict[str, Any] | None, metric: str, amount: float | None, unit: float) -> float | None:

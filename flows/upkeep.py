@@ -37,7 +37,7 @@ class Garbage:
 
 
 def garbage(store: Store) -> Garbage:
-    """Stage folders that no run and no promotion, past or present, leads to, and parts that no manifest names.
+    """Stage folders that no run and no promotion, past or present, leads to.
 
     ValueError while a run is not ended: what it is about to write cannot be known.
     """
