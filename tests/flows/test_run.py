@@ -202,6 +202,10 @@ def test_show_tells_the_run(finished: Finished) -> None:
 @pytest.mark.timeout(3 * SECONDS)
 def test_an_interrupted_and_killed_redo_continues_to_the_same_rows(finished: Finished) -> None:
     root = finished.root
+    # Training will meet a part that is not as it was committed: keep makes it anew, and the run goes on.
+    # It is damaged before the redo, for a training that continues from its last step reads no rows.
+    (part,) = root.glob("stages/keep/*/kept/part-00000-*.parquet")
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
     interrupted = start(finished.config, root, "--from", "train")
     # The finished stage has no checkpoints left, so these are the redone one's.
     wait_for_stage(root, "train", "checkpoints/checkpoint*")
@@ -210,9 +214,6 @@ def test_an_interrupted_and_killed_redo_continues_to_the_same_rows(finished: Fin
     assert interrupted.returncode == 130
     assert processes_of(root) == []
 
-    # Training will meet a part that is not as it was committed: keep makes it anew, and the run goes on.
-    (part,) = root.glob("stages/keep/*/kept/part-00000-*.parquet")
-    part.write_bytes(part.read_bytes()[:-1] + b"?")
     killed = start(finished.config, root)
     deadline = time.monotonic() + SECONDS
     while len(list(root.glob("stages/evaluate-after/*/spec.json"))) < 2:
