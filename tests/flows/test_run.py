@@ -19,7 +19,7 @@ SECONDS = 1800
 COMMAND = [sys.executable, "-m", "flows.cli"]
 
 
-def start(config: Path, root: Path, *options: str) -> subprocess.Popen[str]:
+def start(config: Path, root: Path | str, *options: str) -> subprocess.Popen[str]:
     command = [*COMMAND, "run", str(config), "--root", str(root), "--json", *options]
     environment = {**os.environ, "SWITCHYARD_HOME": str(config.parent / "home")}
     # Where these tests run in the background, Ctrl-C is ignored, and children would inherit that.
