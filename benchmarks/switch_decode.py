@@ -5,15 +5,16 @@
 Cases: (a) SmolLM2 fine-tuned on templated text with a student distilled from it there, on held-out prompts; (b) SmolLM2
 with its raw pruned student on open text; and students between them, for the curve of speed against agreement. Both
 decoders run in turn on the same prompts and noise; medians over the rounds. ``of_optimum`` compares with the fastest
-fixed block length and drafter that the measured costs (of forwards, and of a position's noise, draws and gate) and the
-agreement of that very rollout allow. Open text is Dolly's, from --dolly.
+fixed block length and drafter that the agreement of that very rollout allows, at costs (of forwards, and of a
+position's noise, draws and gate) that were measured in the same round. Open text is Dolly's, from --dolly.
 """
 
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from kernels.gate import Constant, ExponentialDecay, LinearDecay
 from kernels.margin import first_difference, margin
 from kernels.noise import sequence_key
 from kernels.rows import RowModel
+from kernels.rules import Role
 
 BATCH, NEW_TOKENS = 8, 128
 TOLERANCE = 1e-3  # nats, and units of the gate: where float32's rounding may decide
@@ -59,8 +61,8 @@ def timed(*models: Any) -> Any:
             del model.forward
 
 
-def forward_cost(model: Any, context: int) -> Cost:
-    """Seconds of a forward by its number of tokens, rows that hold ``context`` tokens: medians, interpolated."""
+def forward_seconds(model: Any, context: int) -> list[float]:
+    """Seconds of a forward of each of SIZES tokens, rows that hold ``context`` tokens: medians."""
     seconds = []
     for size in SIZES:
         rows = min(BATCH, size)
@@ -74,7 +76,16 @@ def forward_cost(model: Any, context: int) -> Cost:
                 runner.extend(ids_BQ, start_B, last_B, context)
                 runs.append(runner.seconds)
         seconds.append(statistics.median(runs))
-    return lambda tokens: float(np.interp(tokens, SIZES, seconds))
+    return seconds
+
+
+def costs_of(seconds: Mapping[Role, list[float]]) -> dict[Role, Cost]:
+    """By model, a forward's seconds as a function of its tokens, interpolated."""
+    return {role: partial(_interpolate, known) for role, known in seconds.items()}
+
+
+def _interpolate(seconds: list[float], tokens: int) -> float:
+    return float(np.interp(tokens, SIZES, seconds))
 
 
 def identical() -> bool:
@@ -120,7 +131,9 @@ def differences(
 def run_case(student: Any, teacher: Any, prompts: list[Any], eos: int, rounds: int, gate: Any) -> dict[str, Any]:
     """One pair on some prompts: both decoders in turn, round by round, each round with noise of its own."""
     pace, totals = Pace(), {"mismatches": 0, "near_ties": 0, "positions": 0}
-    slow, fast, rules, plain, blocks = [], [], [], [], []
+    slow, fast, rules, optima, bare = ([] for _ in range(5))
+    plain, blocks = [], []
+    forward: list[dict[Role, list[float]]] = []
     # The trainer keeps one pace over all its steps: the first rollout learns and is not timed.
     for number in range(rounds + 1):
         keys_B = torch.tensor([sequence_key(number, "row", row) for row in range(len(prompts))])
@@ -144,14 +157,18 @@ def run_case(student: Any, teacher: Any, prompts: list[Any], eos: int, rounds: i
             rules.append((seconds - sum(forwards)) / steps)
             plain.append(want)
             blocks.append(got)
+            # This machine's forwards drift by tens of percent within minutes, so each round has costs of its own.
+            context = max(map(len, prompts)) + NEW_TOKENS // 2
+            forward.append({"student": forward_seconds(student, context), "teacher": forward_seconds(teacher, context)})
+            costs = costs_of(forward[-1])
+            optima.append(optimum([want], costs, rules[-1]).seconds / spent)
+            bare.append(optimum([want], costs).seconds / spent)
     stats = sum((rollout.stats for rollout in blocks[1:]), blocks[0].stats)
-    context = max(map(len, prompts)) + NEW_TOKENS // 2
-    costs: dict[Any, Cost] = {"student": forward_cost(student, context), "teacher": forward_cost(teacher, context)}
-    tokens = sum(rollout.stats.tokens for rollout in plain)
+    median: dict[Role, list[float]] = {
+        role: np.median([seconds[role] for seconds in forward], axis=0).tolist() for role in forward[0]
+    }
     per_position = statistics.median(rules)
-    best = optimum(plain, costs, per_position)
-    bare = optimum(plain, costs)
-    seconds = statistics.median(fast) * tokens
+    best = optimum(plain, costs_of(median), per_position)
     return {
         **totals,
         "speedup": statistics.median(slow) / statistics.median(fast),
@@ -162,12 +179,14 @@ def run_case(student: Any, teacher: Any, prompts: list[Any], eos: int, rounds: i
         "intervention_rate": stats.intervention_rate,
         "teacher_forwards_per_token": stats.teacher_forwards_per_token,
         "student_forwards_per_token": stats.student.rows / stats.tokens,
-        "of_optimum": best.seconds / seconds,
-        "of_optimum_forwards_alone": bare.seconds / seconds,
+        "of_optimum": statistics.median(optima),
+        "of_optimum_by_round": [round(share, 3) for share in optima],
+        "of_optimum_forwards_alone": statistics.median(bare),
         "optimum": {"block": best.block, "drafter": best.drafter},
         "seconds_per_token": {"reference": statistics.median(slow), "blockwise": statistics.median(fast)},
         "forward_ms": {
-            role: {str(size): round(1000 * cost(size), 2) for size in (8, 32, 64, 128)} for role, cost in costs.items()
+            role: {str(size): round(1000 * spent, 2) for size, spent in zip(SIZES, seconds, strict=True)}
+            for role, seconds in median.items()
         },
         "rules_ms_per_position": 1000 * per_position,
         "predicted": predicted(plain),
