@@ -108,7 +108,9 @@ def main() -> None:
     folders = {"a": (pair.teacher, pair.students[max(pair.students)]), "b": (raw.teacher, raw.students[0])}
     cases: dict[str, dict[str, Any]] = {}
     for name, (teacher_folder, student_folder) in folders.items():
-        cases[name] = case = run_case(load(teacher_folder), load(student_folder), prompts, arguments.rounds)
+        cases[name] = case = run_case(
+            load(teacher_folder).requires_grad_(False), load(student_folder), prompts, arguments.rounds
+        )
         print(f"({name}) " + "  ".join(f"{key} {value:.2f} s" for key, value in case["seconds"].items()), end="  ")
         print(f"ratio {case['ratio_to_gkd']:.2f}  agreement {case['agreement']:.3f}", flush=True)
         if not arguments.without_trl:
