@@ -19,8 +19,9 @@ from benchmarks.pairs import BATCH, load, notices, raw_pair, templated_pair
 from benchmarks.peer import trl
 from kernels.noise import sequence_key
 from tasks.batches import Sequence, collate
+from tasks.catalogue import method_of
 from tasks.config import methods as config
-from tasks.methods import Method, method_of
+from tasks.methods import Method
 from tasks.student import head_of, hidden_states
 
 NEW_TOKENS = 64

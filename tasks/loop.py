@@ -26,9 +26,8 @@ from infra.models import load_model, local_folder
 from infra.store import open_store
 from kernels.noise import sequence_key
 from tasks.batches import Sequence, collate, micro_batches, row_sequence
+from tasks.catalogue import feed_of, method_of
 from tasks.checkpoint import Best, State, load, load_state, save, save_state
-from tasks.feed import Feed
-from tasks.methods import method_of
 from tasks.parity import check
 from tasks.plan import Plan
 from tasks.student import Student, World, check_projection, export, full
@@ -49,7 +48,7 @@ class Loop:
         if plan.teacher:
             vocabulary = min(vocabulary, plan.teacher.vocab_size)
         self.method = method_of(self.config.method, teacher, vocabulary)
-        self.feed = Feed(plan, self.method)
+        self.feed = feed_of(plan, self.method)
         self.optimizer = torch.optim.AdamW(
             self.student.trained().values(), betas=self.config.betas, weight_decay=self.config.weight_decay
         )
@@ -64,12 +63,12 @@ class Loop:
         try:
             load = self.feed.load(state, self.student)
         except ValueError as error:
-            names = self.feed.names([draw for made in self.feed.ready for draw in made.draws])
-            raise ValueError(self._where(state.step + 1, f"{error} on {', '.join(names)}")) from error
+            names = ", ".join(draw.name for draw in self.feed.asked)
+            raise ValueError(self._where(state.step + 1, f"{error} on {names}")) from error
         rollout_seconds = time.monotonic() - started
 
         counts = world.sum(self.feed.counts(load))
-        on_weight, off_weight, tokens, rollouts, rollout_tokens, ended = counts[:6].tolist()
+        on_weight, off_weight, tokens, pooled, rollouts, rollout_tokens, ended = counts[:7].tolist()
         weight = on_weight + off_weight
         sums = self._gradients(load.sequences, weight)
         self.student.sum_gradients()
@@ -77,14 +76,14 @@ class Loop:
         loss_on, loss_off = world.sum(sums).tolist()
         loss = (loss_on + loss_off) / weight if weight else 0.0
         if not math.isfinite(loss + norm):
-            rows = ", ".join(self.feed.names(load.draws))
+            rows = ", ".join(draw.name for draw in load.draws)
             raise ValueError(self._where(state.step + 1, f"loss {loss}, gradient norm {norm} on {rows}"))
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.learning_rate(state.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-        positions_4T = counts[6:].long().view(4, self.method.max_new_tokens)
+        positions_4T = counts[7:].long().view(4, self.method.max_new_tokens)
         state.positions = (torch.tensor(state.positions) + positions_4T).tolist()
         state.teacher_tokens += int(rollout_tokens)
         state.step += 1
@@ -106,6 +105,9 @@ class Loop:
             "response_length": rollout_tokens / rollouts if rollouts else None,
             "eos_rate": ended / rollouts if rollouts else None,
             "teacher_tokens": int(rollout_tokens),
+            "rollouts": int(rollouts),
+            "pooled": int(pooled),
+            "phi": self.feed.phi(state),
         }
         state.steps.append(row)
         return row
@@ -131,26 +133,25 @@ class Loop:
 
     @torch.no_grad()
     def validate(self) -> float | None:
-        """The method's own loss per response token of the validation rows, in nats; None where there are none.
-
-        Not the cross entropy for all: a mode-seeking divergence may raise it while the student comes closer.
-        """
+        """The method's own loss per response token of the validation rows, in nats; None where there are none."""
         table, started = self.feed.data.validation, time.monotonic()
         if not table.num_rows:
             return None
         self.student.eval()
         mine = [row_sequence(table, index) for index in range(self.world.rank, table.num_rows, self.world.size)]
-        sums = torch.zeros(2, dtype=torch.float64)
+        rows = []
         for part in self._parts(mine, table.num_rows):
-            objective = partial(self.method.loss, sequences=part)
-            _, losses_N = self.student(collate(part, self.world.device), objective)
-            sums += torch.tensor([losses_N.double().sum().item(), len(losses_N)])
+            objective = partial(self.method.validate, sequences=part)
+            losses = self.student(collate(part, self.world.device), objective)
+            rows.append([*(losses_N.double().sum().item() for losses_N in losses), len(losses[0])])
         self.student.reshard()
-        loss, tokens = self.world.sum(sums).tolist()
+        *sums, tokens = self.world.sum(torch.tensor(rows, dtype=torch.float64).sum(0)).tolist()
         self.state.spend("validation", time.monotonic() - started)
-        if not math.isfinite(loss):
-            raise ValueError(self._where(self.state.step, f"validation loss {loss}"))
-        return loss / tokens
+        if not math.isfinite(sums[0]):
+            raise ValueError(self._where(self.state.step, f"validation loss {sums[0]}"))
+        means = [total / tokens for total in sums]
+        self.feed.validated(self.state, means)
+        return means[0]
 
     def keep_best(self, loss: float | None) -> None:
         """Remember the current weights if they validate best so far."""

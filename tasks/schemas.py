@@ -122,6 +122,9 @@ STEP = pa.schema(
         ("response_length", pa.float32()),  # mean tokens of a rollout
         ("eos_rate", pa.float32()),  # share of rollouts that ended by themselves
         ("teacher_tokens", pa.int64()),  # positions the teacher was asked about online
+        ("rollouts", pa.int64()),  # sequences rolled out at this step
+        ("pooled", pa.int64()),  # sequences of this step that were kept from rollouts: a replay, a collection
+        ("phi", pa.float32()),  # DistiLLM's φ behind this step
     ]
 )
 
