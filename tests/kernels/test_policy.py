@@ -100,7 +100,7 @@ def test_slope_is_the_objectives_gradient_through_the_vocabulary() -> None:
 
 
 def test_importance_weights_make_the_mixtures_samples_the_students() -> None:
-    """Over the whole vocabulary, Σ b · (q / b) · f = Σ q · f: the law that is weighted is the law that is drawn from."""
+    """Over the whole vocabulary, Σ b · (q / b) · f = Σ q · f: what is weighted is what was drawn from."""
     generator = torch.Generator().manual_seed(1)
     log_p_V, log_q_V = torch.randn(2, 9, generator=generator, dtype=torch.float64).log_softmax(-1)
     log_b_V = log_mixture(log_p_V, log_q_V, 0.2)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -28,6 +29,8 @@ from tasks.workers import fit, storage
 
 torch.set_num_threads(1)
 SWITCH = {"type": "switch", "max_new_tokens": 10, "block": 4}
+MINILLM = {"type": "minillm", "max_new_tokens": 10, "block": 4, "collected_batches": 1, "epochs": 2}
+DISTILLM = {"type": "distillm", "max_new_tokens": 10, "first_share": 0.7, "capacity": 5}
 SHORT = {"steps": 6, "micro_batch": 4, "validate_every": 3, "checkpoint_every": 2, "learning_rate": 1e-2}
 
 
@@ -103,10 +106,11 @@ def test_sft_stage_commits_a_student(
     assert marks[-1]["unit"] == "steps"
 
 
-def test_switch_stage_on_two_workers_is_that_on_one(
-    cluster: None, store: LocalStore, inputs: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize("method", [SWITCH, MINILLM, DISTILLM], ids=lambda method: method["type"])
+def test_stage_on_two_workers_is_that_on_one(
+    cluster: None, store: LocalStore, inputs: dict[str, str], tmp_path: Path, method: dict[str, Any]
 ) -> None:
-    train = {**SHORT, "method": SWITCH, "keep": "last", "micro_batch": 2, "batch_size": 8}
+    train = {**SHORT, "method": method, "keep": "last", "micro_batch": 2, "batch_size": 8}
     stage = stage_of(store, inputs, train, {"workers": 2})
     run(stage)
     loop, weights = alone(stage, tmp_path)
@@ -115,13 +119,23 @@ def test_switch_stage_on_two_workers_is_that_on_one(
         # Adam magnifies the rounding of gradients near 0: 6 steps of 1e-2 could part them by 0.12.
         torch.testing.assert_close(committed[name], weight, rtol=0, atol=2e-3, msg=name)
     rows, expected = curve(stage).to_pylist(), loop.state.steps
-    for name in ("step", "tokens", "teacher_tokens", "response_length", "eos_rate", "intervention_rate"):
+    for name in (
+        "step",
+        "tokens",
+        "teacher_tokens",
+        "response_length",
+        "eos_rate",
+        "intervention_rate",
+        "pooled",
+        "phi",
+    ):
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-6), name
     for name in ("loss", "loss_on_policy", "loss_off_policy", "gradient_norm"):
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-4), name
     counts = read_rows(store, stage.manifest, "positions").to_pydict()
     assert [counts[name] for name in POSITION.names[1:]] == loop.state.positions
-    assert 0 < stage.facts["intervention_rate"] < 1
+    assert (0 < stage.facts["intervention_rate"] < 1) == (method is not DISTILLM)
+    assert (stage.facts["pooled"] > 0) == (method is not SWITCH)
     assert stage.facts["online_teacher_tokens"] == sum(counts["emitted"])
     assert stage.facts["rollouts"] == loop.state.prompts_drawn
 
