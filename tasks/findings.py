@@ -141,9 +141,9 @@ def training(store: Store, manifests: Manifests, name: str, title: str, config: 
     if positions["emitted"].sum():
         gate = getattr(config.method, "gate", None)
         decay = gate if isinstance(gate, ExponentialDecay) else None
-        note = (
-            "The teacher decides where it and the student differ by more than τ; it agrees where both drew one token."
-        )
+        note = "Where the teacher decides, it agrees if both drew one token."
+        if decay:
+            note = "The teacher decides where both differ by more than τ; it agrees if both drew one token."
         drawn = (plots.interventions, positions, decay)
         figures.append(finding(f"{title}: who writes, by position", note, *drawn, size=TALL, **STRIP))
     if not np.isnan(steps["response_length"]).all():

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
