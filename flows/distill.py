@@ -67,6 +67,8 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     def keep(name: str, table: str, prompts: str, samples: str) -> str:
         """The TA scores the teacher's answers; a rule keeps or drops them."""
         settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": plain["signals"]["keep"]}
+        if config.signals.keep.calibrate:
+            settings |= {"validation_share": config.train.validation_share, "seed": config.seed}
         return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples)
 
     # Prepare: models that load anywhere; prompts that are whole, new and apart from the held-out ones.

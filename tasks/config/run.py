@@ -91,6 +91,10 @@ class RunConfig(Config):
                     f"{name}.method.annotated stored needs the teacher's distributions: set sampling.distributions "
                     "({type: top} will do), or annotated live"
                 )
+        if self.signals.keep.calibrate and self.prompts.verifier == "none":
+            raise ValueError("signals.keep.calibrate needs known answers, and prompts.verifier is none: remove one")
+        if self.signals.keep.calibrate and not self.train.validation_share:
+            raise ValueError("signals.keep.calibrate needs validation prompts: raise train.validation_share above 0")
         rest = self.budget.queries - self.budget.warmup_queries
         if self.signals.candidates is not None and self.signals.candidates < rest:
             raise ValueError(
