@@ -100,8 +100,8 @@ class Collection(Feed):
         return "pool" if coin < self.method.on_policy_share else "row"
 
     def pooled(self, state: State, slot: int) -> int:
-        begun, step = divmod(state.step, self.period)
-        order = Order(len(state.pool), self.plan.seed, f"{self.plan.stage_name} collection {begun}")
+        number, step = divmod(state.step, self.period)
+        order = Order(len(state.pool), self.plan.seed, f"{self.plan.stage_name} collection {number}")
         return order.at(step * self.plan.train.batch_size + slot)[0]
 
     def load(self, state: State, student: Student) -> Load:
@@ -118,18 +118,20 @@ class Collection(Feed):
 
         Once a whole one could overrun the cap on teacher tokens there are only rows.
         """
-        config, world = self.plan.train, student.world
-        sequences = self.method.settings.collected_batches * config.batch_size * self.method.on_policy_share
+        train, world = self.plan.train, student.world
+        sequences = self.method.settings.collected_batches * train.batch_size * self.method.on_policy_share
         count = max(1, round(sequences)) if sequences else 0
         state.pool = []
         if not count or self.room(state) < count:
             return [], None
         draws = [self.next_prompt(state) for _ in range(count)]
-        written, scores, stats = [], [], None
+        written: list[Sequence] = []
+        scores: list[Tensor] = []
+        stats = None
         with student.whole() as model:
             if mine := draws[world.rank :: world.size]:
                 written, rollout = self.write(model, mine)
-                scores, stats = self.method.score(model, written, config.micro_batch), rollout.stats
+                scores, stats = self.method.score(model, written, train.micro_batch), rollout.stats
         scores = everyone(world, scores, count, self.method.max_new_tokens)
         for draw, (tokens_T, _, _), drawn_2T in zip(draws, scores, self.method.judge(scores), strict=True):
             name, prompt = prompt_of(self.data.prompts, draw.item)

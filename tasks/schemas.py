@@ -126,7 +126,7 @@ STEP = pa.schema(
         ("teacher_tokens", pa.int64()),  # positions the teacher was asked about online
         ("rollouts", pa.int64()),  # sequences rolled out at this step
         ("pooled", pa.int64()),  # sequences of this step that were kept from rollouts: a replay, a collection
-        ("phi", pa.float32()),  # DistiLLM's φ behind this step
+        ("phi", pa.float32()),  # DistiLLM's φ at this step
     ]
 )
 
