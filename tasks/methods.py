@@ -83,8 +83,9 @@ class Divergent(Method):
         self.teacher, self.divergence, self.vocabulary, self.stored = teacher, divergence, vocabulary, stored
 
     def loss(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
-        annotated = self._from_stored if self.stored else self._live
-        return apart(hidden_NH, head, batch, sequences, rolled=self._live, annotated=annotated)
+        if not self.stored:
+            return self._live(hidden_NH, head, batch, sequences)
+        return apart(hidden_NH, head, batch, sequences, rolled=self._live, annotated=self._from_stored)
 
     def _from_stored(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
         missing = [sequence.name for sequence in sequences if sequence.distributions is None]
