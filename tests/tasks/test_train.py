@@ -1,6 +1,7 @@
 """The training stage under Ray Train: both stage types, several workers, a crash, and what a user gets wrong."""
 
 import json
+import math
 import signal
 import threading
 import time
@@ -118,19 +119,12 @@ def test_stage_on_two_workers_is_that_on_one(
         # Adam magnifies the rounding of gradients near 0: 6 steps of 1e-2 could part them by 0.12.
         torch.testing.assert_close(committed[name], weight, rtol=0, atol=2e-3, msg=name)
     rows, expected = curve(stage).to_pylist(), loop.state.steps
-    for name in (
-        "step",
-        "tokens",
-        "teacher_tokens",
-        "response_length",
-        "eos_rate",
-        "intervention_rate",
-        "pooled",
-        "phi",
-    ):
-        assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-6), name
-    for name in ("loss", "loss_on_policy", "loss_off_policy", "gradient_norm"):
-        assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-4), name
+    exact = ("step", "tokens", "teacher_tokens", "response_length", "eos_rate", "intervention_rate", "pooled", "phi")
+    rounded = ("loss", "loss_on_policy", "loss_off_policy", "gradient_norm")
+    for name in (*exact, *rounded):
+        # A step without rollouts has no length of them.
+        found, wanted = ([math.nan if row[name] is None else row[name] for row in part] for part in (rows, expected))
+        assert found == pytest.approx(wanted, rel=1e-6 if name in exact else 1e-4, nan_ok=True), name
     counts = read_rows(store, stage.manifest, "positions").to_pydict()
     assert [counts[name] for name in POSITION.names[1:]] == loop.state.positions
     assert (0 < stage.facts["intervention_rate"] < 1) == (method is not DISTILLM)
