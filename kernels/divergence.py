@@ -202,6 +202,7 @@ def log_softmax(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def log_mixture(log_p: Tensor, log_q: Tensor, teacher_share: float) -> Tensor:
+    """log(c·p + (1 − c)·q) of each entry, exact at c = 0 and c = 1."""
     if teacher_share == 0.0:
         return log_q
     if teacher_share == 1.0:
