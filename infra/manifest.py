@@ -16,7 +16,9 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from infra.store import Store
 FORMAT = 1
 # Rows of one row group: small enough that a training reader holds little, large enough to compress.
 ROW_GROUP = 4096
+# Commit records that are read at once.
+READERS = 16
 
 
 class Part(BaseModel):
@@ -140,14 +144,35 @@ def commit_part(store: Store, folder: str, table: str, shard: int, rows: pa.Tabl
     record = record_path(folder, table, shard)
     if store.create(record, part.model_dump_json().encode()):
         return part
-    return Part.model_validate_json(store.read(record))
+    first = read_record(store, record)
+    if first.path != path:
+        store.delete(path)
+    return first
+
+
+def read_record(store: Store, path: str) -> Part:
+    return Part.model_validate_json(store.read(path))
 
 
 def committed_parts(store: Store, folder: str, table: str) -> dict[int, Part]:
     """Recorded parts of a table by shard."""
-    records = (path for path in store.list(f"{folder}/{table}") if path.endswith(".json"))
-    parts = (Part.model_validate_json(store.read(path)) for path in records)
-    return {part.shard: part for part in parts}
+    records = [path for path in store.list(f"{folder}/{table}") if path.endswith(".json")]
+    # One request each: tables of many parts would wait for one after the other.
+    with ThreadPoolExecutor(READERS) as pool:
+        return {part.shard: part for part in pool.map(partial(read_record, store), records)}
+
+
+def close_table(store: Store, folder: str, table: str, schema: pa.Schema) -> Table:
+    """The table of all recorded parts, once every shard is recorded.
+
+    Parts that a crash or a lost race left unrecorded are removed: readers of ``*.parquet`` would count rows twice.
+    """
+    parts = committed_parts(store, folder, table).values()
+    recorded = {part.path for part in parts}
+    for path in list(store.list(f"{folder}/{table}")):
+        if path.endswith(".parquet") and path not in recorded:
+            store.delete(path)
+    return table_entry(schema, parts)
 
 
 class DamagedError(ValueError):

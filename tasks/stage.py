@@ -96,9 +96,12 @@ class Stage(Generic[Settings]):
         )
         self.facts = self.manifest.facts
         self._progress_at = 0.0
+        self._inputs: dict[str, Manifest] = {}
 
     def input(self, name: str) -> Manifest:
-        return manifests.load_manifest(self.store, self.spec.inputs[name])
+        if name not in self._inputs:
+            self._inputs[name] = manifests.load_manifest(self.store, self.spec.inputs[name])
+        return self._inputs[name]
 
     def read(self, name: str, table: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """An input's table, part by part."""
@@ -117,7 +120,7 @@ class Stage(Generic[Settings]):
 
     def close_table(self, table: str, schema: pa.Schema) -> None:
         """Enter a table, with all parts committed so far, into the manifest. Empty tables are entered too."""
-        self.manifest.tables[table] = manifests.table_entry(schema, self.done(table).values())
+        self.manifest.tables[table] = manifests.close_table(self.store, self.spec.folder, table, schema)
 
     def write_table(self, table: str, rows: pa.Table) -> None:
         """A small table as one part."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from infra.cluster import free_port
-from infra.store import LocalStore, S3Store, Store
+from infra.s3 import S3Store
+from infra.store import LocalStore, Store
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ from toys import EOS, commit_inputs, kept_rows, save_model, stage_of
 from transformers import AutoModelForCausalLM
 
 from infra.manifest import read_rows
-from infra.store import LocalStore, S3Store
+from infra.s3 import S3Store
+from infra.store import LocalStore
 from tasks.loop import Loop, proceed, start
 from tasks.schemas import POSITION, STEP
 from tasks.stage import MARK, Stage
