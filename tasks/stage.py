@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra import manifest as manifests
 from infra.audit import forget_part
+from infra.faults import fault_of
 from infra.files import open_file
 from infra.manifest import Manifest, Part
 from infra.store import Store, open_store
@@ -200,6 +201,13 @@ def main(settings_type: type[Settings], run: Callable[[Stage[Settings]], None]) 
         # A user's mistake, or data that no second attempt would read differently. The trace is for the log.
         traceback.print_exc(file=sys.stdout)
         refuse(error)
+    except Exception as error:
+        fault = fault_of(error)
+        if fault is None:
+            raise
+        traceback.print_exc(file=sys.stdout)
+        emit("fault", message=fault.line, lasting=fault.lasting)
+        sys.exit(1)
     print(stage.store.location(spec.manifest_path), flush=True)
 
 
