@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
-from infra.store import Store, check_path
+from infra.store import Bytes, Store, check_path
 
 Answer = TypeVar("Answer")
 # How often an answer whose body breaks off is asked for again.
@@ -91,8 +91,9 @@ class S3Store(Store):
         except self.client.exceptions.NoSuchKey:
             raise FileNotFoundError(f"no object {self.location(path)}") from None
 
-    def write(self, path: str, data: bytes) -> None:
-        ask(self.client.put_object, Bucket=self.bucket, Key=self._key(path), Body=data)
+    def write(self, path: str, data: Bytes) -> None:
+        # boto3 takes nothing but its own kinds of bytes.
+        ask(self.client.put_object, Bucket=self.bucket, Key=self._key(path), Body=bytes(data))
 
     def create(self, path: str, data: bytes) -> bool:
         # A repeated put whose first answer was lost meets its own object: the writer's id tells it from another's.

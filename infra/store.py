@@ -15,7 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlparse
+
+# What has bytes to write: ``bytes``, or an Arrow buffer, which is not copied.
+Bytes = Any
 
 
 def check_path(path: str) -> str:
@@ -36,7 +40,7 @@ class Store(ABC):
         """The object's bytes; FileNotFoundError where there is none."""
 
     @abstractmethod
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: Bytes) -> None:
         """Put the object, replacing what stood there."""
 
     @abstractmethod
@@ -97,7 +101,7 @@ class LocalStore(Store):
             with suppress(OSError):
                 staged.unlink(missing_ok=True)
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: Bytes) -> None:
         target = self._at(path)
         with self._staged(target) as staged:
             write_synced(staged, data)
@@ -145,7 +149,7 @@ class LocalStore(Store):
         return self._at(prefix)
 
 
-def write_synced(file: Path, data: bytes) -> None:
+def write_synced(file: Path, data: Bytes) -> None:
     """Bytes on disk, not only on their way. OSErrors name the file."""
     try:
         with file.open("wb") as stream:

@@ -5,6 +5,7 @@
 Every annotation stays in ``scores`` with its confidence and the reason it was kept or dropped.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,8 +100,8 @@ def threshold(keep: Keep, confidences: np.ndarray) -> float:
     """The confidence from which an annotation is kept."""
     if keep.rule == "absolute":
         return keep.threshold
-    if keep.rule == "quantile" and len(confidences):
-        return float(np.quantile(confidences, keep.threshold))
+    if keep.rule == "quantile" and not np.isnan(confidences).all():
+        return float(np.nanquantile(confidences, keep.threshold))
     return 0.0
 
 
@@ -110,6 +111,8 @@ def reason(keep: Keep, least: float, sample: dict[str, Any], confidence: float) 
         return "empty"
     if keep.drop_truncated and sample["finish_reason"] == "length":
         return "truncated"
+    if math.isnan(confidence):
+        return "unscored"
     return "kept" if confidence >= least else "below_threshold"
 
 
@@ -133,7 +136,7 @@ def filter_shard(
                 "text": sample["text"],
                 "final_answer": final_answer(prompt["verifier"], sample["text"], prompt["entry"]),
                 "correct": is_correct(prompt["verifier"], sample["text"], prompt["answer"], prompt["entry"]),
-                "ta_teacher": confidence,
+                "ta_teacher": None if why == "unscored" else confidence,
                 "kept": why == "kept",
                 "reason": why,
             }

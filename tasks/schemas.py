@@ -63,9 +63,9 @@ SCORE = pa.schema(
         ("text", pa.string()),
         ("final_answer", pa.string()),
         ("correct", pa.bool_()),  # null where the answer is unknown
-        ("ta_teacher", pa.float32()),  # the TA's confidence in the annotation, 0 to 1
+        ("ta_teacher", pa.float32()),  # the TA's confidence in the annotation, 0 to 1; null if its engine died of it
         ("kept", pa.bool_()),
-        ("reason", pa.string()),  # kept | below_threshold | empty | truncated
+        ("reason", pa.string()),  # kept | below_threshold | empty | truncated | unscored
     ]
 )
 

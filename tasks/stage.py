@@ -97,6 +97,7 @@ class Stage(Generic[Settings]):
         )
         self.facts = self.manifest.facts
         self._progress_at = 0.0
+        self._committer = manifests.Committer(self.store, spec.folder)
         self._inputs: dict[str, Manifest] = {}
 
     def input(self, name: str) -> Manifest:
@@ -113,14 +114,17 @@ class Stage(Generic[Settings]):
         return manifests.read_rows(self.store, self.input(name), table, columns)
 
     def done(self, table: str) -> dict[int, Part]:
-        """Parts that an earlier attempt committed, by shard; they are not made again."""
+        """Parts that are committed, by shard; those of an earlier attempt are not made again."""
+        self._committer.wait()
         return manifests.committed_parts(self.store, self.spec.folder, table)
 
-    def commit(self, table: str, shard: int, rows: pa.Table) -> Part:
-        return manifests.commit_part(self.store, self.spec.folder, table, shard, rows)
+    def commit(self, table: str, shard: int, rows: pa.Table) -> None:
+        """Commit a part; it is stored while the caller goes on, and surely once ``done`` or ``close_table`` returns."""
+        self._committer.commit(table, shard, rows)
 
     def close_table(self, table: str, schema: pa.Schema) -> None:
         """Enter a table, with all parts committed so far, into the manifest. Empty tables are entered too."""
+        self._committer.wait()
         self.manifest.tables[table] = manifests.close_table(self.store, self.spec.folder, table, schema)
 
     def write_table(self, table: str, rows: pa.Table) -> None:
