@@ -7,10 +7,11 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import ray
@@ -19,8 +20,10 @@ from infra.engine import ANSWERS, EngineSpec
 from infra.manifest import read_rows
 from infra.models import ModelRef
 from tasks.calls import Call
+from tasks.config.signals import Keep
 from tasks.engines import EnginePool
 from tasks.isolate import EngineLost, isolate, joined, part
+from tasks.keep import reason, threshold
 from tasks.quarantine import answered, close
 from tasks.stage import Stage, StageSpec
 
@@ -187,6 +190,17 @@ def test_an_engine_that_survives_nothing_is_an_error(pool: EnginePool) -> None:
 def test_a_mistake_is_told_and_not_tried_again(pool: EnginePool) -> None:
     with pytest.raises(ValueError, match=r"^sampling.teacher: nobody can answer this"):
         dict(pool.map(shards(["a", "mistake"])))
+
+
+def test_what_is_empty_or_has_no_score_is_not_trained_on() -> None:
+    rule = Keep(rule="quantile", threshold=0.5, drop_truncated=True)
+    scores = np.array([0.2, nan, 0.8, 0.6])
+    least = threshold(rule, scores)
+    assert least == pytest.approx(0.6)
+    rows = [{"text": text, "finish_reason": "stop"} for text in ("a", "b", "  ", "d")]
+    reasons = [reason(rule, least, row, score) for row, score in zip(rows, scores, strict=True)]
+    assert reasons == ["below_threshold", "unscored", "empty", "kept"]
+    assert threshold(rule, np.array([nan, nan])) == 0.0
 
 
 def test_parts_of_a_call_join_to_its_result() -> None:
