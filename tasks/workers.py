@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from infra.faults import fault_of
 from tasks.plan import Plan
 from tasks.resume import storage, tidy
 from tasks.stage import Stage
@@ -67,7 +68,7 @@ def work(config: dict[str, Any]) -> None:
 def fit(stage: Stage[Any], plan: Plan) -> None:
     """Run the loop on all workers, from the last whole checkpoint if there is one, to its last checkpoint.
 
-    ValueError for what no other attempt mends, MemoryError where a worker ran out of memory.
+    ValueError for what no other attempt mends, MemoryError where a worker ran out of memory, and faults of the store.
     """
     # Ray Train reads these where it starts.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
@@ -116,7 +117,7 @@ def fit(stage: Stage[Any], plan: Plan) -> None:
         except api.WorkerGroupError as error:
             for failure in error.worker_failures.values():
                 cause = getattr(failure, "_base_exc", failure)
-                if isinstance(cause, ValueError | MemoryError):
+                if isinstance(cause, ValueError | MemoryError) or fault_of(cause):
                     raise cause from error
                 if isinstance(cause, ray.exceptions.OutOfMemoryError):
                     # Ray ends workers before the machine's memory is full.

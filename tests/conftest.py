@@ -1,4 +1,4 @@
-"""What tests share: stores, an S3 server over HTTP, one tiny model with a tokenizer."""
+"""What tests share: stores, an S3 server over HTTP, a small disk."""
 
 import subprocess
 import sys
@@ -57,3 +57,15 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "local":
         return LocalStore(tmp_path / "store")
     return S3Store(request.getfixturevalue("s3_bucket"), "some/prefix", cache=tmp_path / "cache")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)

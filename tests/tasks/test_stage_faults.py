@@ -4,10 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from infra.audit import damages
 from infra.manifest import Manifest, committed_parts, load_manifest, read_rows
@@ -50,18 +47,6 @@ def finished(store: LocalStore, spec: StageSpec) -> Manifest:
     parts = {store.root / part.path for part in manifest.tables["rows"].parts}
     assert set((store.root / spec.folder).rglob("*.parquet")) == parts
     return manifest
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 8 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk takes root")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def stage(store: LocalStore, **settings: int) -> StageSpec:
