@@ -96,6 +96,10 @@ class S3Store(Store):
         ask(self.client.put_object, Bucket=self.bucket, Key=self._key(path), Body=bytes(data))
 
     def create(self, path: str, data: bytes) -> bool:
+        return self._put_if(path, data, IfNoneMatch="*")
+
+    def _put_if(self, path: str, data: bytes, **condition: str) -> bool:
+        """Put the object under a condition. False: it does not hold."""
         # A repeated put whose first answer was lost meets its own object: the writer's id tells it from another's.
         writer = uuid.uuid4().hex
         for attempt in range(self.CREATE_TRIES):
@@ -105,8 +109,8 @@ class S3Store(Store):
                     Bucket=self.bucket,
                     Key=self._key(path),
                     Body=data,
-                    IfNoneMatch="*",
                     Metadata={"writer": writer},
+                    **condition,
                 )
                 return True
             except ClientError as error:
