@@ -184,9 +184,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=20.0, help="mean time between two kills")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="keep everything here; a finished undisturbed run in it is reused")
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="switchyard-chaos-"))
-    chaos = Chaos(folder, tiny.write_config(folder), random.Random(arguments.seed))
+    folder = made(
+        arguments.folder.absolute() if arguments.folder else Path(tempfile.mkdtemp(prefix="switchyard-chaos-"))
+    )
+    config = folder / "tiny.yaml"
+    # Models are written once: their files' times and bytes are part of what a run is named by.
+    chaos = Chaos(folder, config if config.exists() else tiny.write_config(folder), random.Random(arguments.seed))
     lost = doubled = most = rounds = 0
     identical, state = True, "Completed"
     try:
@@ -205,7 +210,8 @@ def main() -> None:
             identical &= found == expected
             most = max(most, redone(begun(trace), chaos.kills[before:]))
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not arguments.folder:
+            shutil.rmtree(folder, ignore_errors=True)
     result = {
         **conditions(),
         "kills": len(chaos.kills),
@@ -225,7 +231,7 @@ def main() -> None:
 
 
 def made(folder: Path) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
