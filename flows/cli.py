@@ -138,6 +138,9 @@ def ended(state: Any, settings: RunConfig, root: str) -> "RunRecord":
     if record is None or (record.state == "Completed" and not state.is_completed()):
         # It ended before its first stage, or after its last one.
         raise RuntimeError(state.message)
+    if record.state == "Running":
+        # The fault that ended it kept its record from being written, too.
+        record.state, record.message = "Failed", state.message
     return record
 
 
@@ -231,10 +234,16 @@ def main() -> None:
         code = INTERRUPTED
     except Exception as error:
         # Typer's own complaints about arguments know how to show themselves.
-        if not hasattr(error, "format_message"):
-            raise
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        code = 2
+        if hasattr(error, "format_message"):
+            line, code = error.format_message(), 2
+        else:
+            from infra.faults import fault_of
+
+            fault = fault_of(error)
+            if fault is None:
+                raise
+            line, code = fault.line, 1
+        print(f"error: {line}", file=sys.stderr)
     if code == INTERRUPTED:
         print("interrupted; run the same command again to continue", file=sys.stderr)
     sys.exit(code)

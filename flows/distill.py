@@ -13,6 +13,7 @@ from prefect.states import Cancelled, Failed
 
 from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed
 from flows.story import Pipeline
+from infra.faults import fault_of
 from tasks.config import RunConfig
 from tasks.models import ROLES, identity
 from tasks.sources import identity as source_identity
@@ -216,3 +217,8 @@ def distill(config: RunConfig, root: str = "runs/default", redo_from: str | None
         return Cancelled(message=str(cancelled))
     except StageFailed as failed:
         return Failed(message=str(failed))
+    except Exception as error:
+        fault = fault_of(error)
+        if fault is None:
+            raise
+        return Failed(message=fault.line)

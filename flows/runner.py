@@ -25,6 +25,7 @@ from flows.display import display
 from flows.record import RunRecord, StageRecord, load_record, outcome, run_id
 from flows.story import Pipeline
 from infra.cluster import FINAL, QUIET, Cluster, Job, submit
+from infra.faults import fault_of
 from infra.manifest import load_manifest
 from infra.store import open_store
 from tasks.config import RunConfig
@@ -94,7 +95,12 @@ class Runner(Pipeline):
         self.record.message = "" if error is None else " ".join(str(error).split())[:1000]
         self.record.refused = isinstance(error, StageRefused)
         self.record.seconds = time.monotonic() - self.began
-        self.record.save(self.store)
+        try:
+            self.record.save(self.store)
+        except Exception as fault:
+            # What ended the run is the cause to tell; processes must end all the same.
+            if error is None or fault_of(fault) is None:
+                raise
         try:
             if self.room and self.cluster.started and not self.cluster.own:
                 self.room.stop()
@@ -130,6 +136,12 @@ class Runner(Pipeline):
         except StageCancelled as cancelled:
             self._ended = cancelled
             return Cancelled(message=str(cancelled))
+        except Exception as error:
+            fault = fault_of(error)
+            if fault is None:
+                raise
+            self._ended = StageFailed(f"{spec.stage}: {fault.line}")
+            return Failed(message=str(self._ended))
         return Completed(message="reused" if self.record.stages[-1].reused else None)
 
     def _stage(self, spec: StageSpec) -> None:
@@ -171,8 +183,11 @@ class Runner(Pipeline):
             raise StageDamaged(f"{spec.stage}: {watch.damage}")
         if watch.error:
             raise StageRefused(f"{spec.stage}: {watch.error}")
+        if watch.lasting:
+            raise StageFailed(f"{spec.stage}: {watch.fault}")
         if entry.attempts > self.config.resources.stage_retries:
-            raise StageFailed(f"{spec.stage}: its job ended {job.status} {entry.attempts} times; {watch.last_line}")
+            said = watch.fault or watch.last_line
+            raise StageFailed(f"{spec.stage}: its job ended {job.status} {entry.attempts} times; {said}")
         return False
 
     def _submit(self, spec: StageSpec, entry: StageRecord, spec_path: str) -> Job:
@@ -237,7 +252,12 @@ class Runner(Pipeline):
         while not self._closed.wait(LEASE_SECONDS):
             if self.room:
                 count += 1
-                self._write_lease(count)
+                try:
+                    self._write_lease(count)
+                except Exception as error:
+                    # The next renewal makes up for one that a fault of the store prevented.
+                    if fault_of(error) is None:
+                        raise
 
 
 class StageWatch:
@@ -247,6 +267,8 @@ class StageWatch:
         self.stage = stage
         self.error = ""
         self.damage = ""
+        self.fault = ""
+        self.lasting = False
         self.last_line = ""
         self.log = get_run_logger()
         self.artifact = StageProgress(stage)
@@ -259,6 +281,8 @@ class StageWatch:
                     self.error = event["message"]
                 elif event["kind"] == "damaged":
                     self.damage = event["message"]
+                elif event["kind"] == "fault":
+                    self.fault, self.lasting = event["message"], event["lasting"]
                 else:
                     display().progress(self.stage, event)
                     self.artifact.update(event)

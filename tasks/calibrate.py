@@ -4,6 +4,7 @@ It is fitted on annotations of validation prompts whose answer is known, the sam
 that is trained on says what its own confidence is worth.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ def fitted(
     for shard, prompts, samples in shards:
         columns = samples.select(["sample_id", "text"]).to_pylist()
         for prompt, sample, confidence in zip(prompts, columns, confidence_by_shard[shard].tolist(), strict=True):
-            if chance(seed, "validation", prompt["prompt_id"]) >= validation_share:
+            if math.isnan(confidence) or chance(seed, "validation", prompt["prompt_id"]) >= validation_share:
                 continue
             correct = is_correct(prompt["verifier"], sample["text"], prompt["answer"], prompt["entry"])
             if correct is not None:

@@ -149,7 +149,7 @@ def calibrated(store: Store, manifests: Manifests) -> dict[str, tuple[NDArray, N
     it was not fitted on and whose answer is known. Empty where nothing was calibrated."""
     names = [name for name in ("warmup-keep", "keep") if name in manifests and calibrates(manifests[name])]
     found = columns(store, manifests, names, "scores", ["ta_teacher", "calibrated", "calibrates", "correct"])
-    other = (found["calibrates"] == 0) & ~np.isnan(found["correct"])
+    other = (found["calibrates"] == 0) & ~np.isnan(found["correct"]) & ~np.isnan(found["ta_teacher"])
     if not other.any():
         return {}
     correct = found["correct"][other] == 1

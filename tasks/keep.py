@@ -6,6 +6,7 @@ Every annotation stays in ``scores`` with its confidence and the reason it was k
 calibrated first (``tasks/calibrate.py``).
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,8 +106,8 @@ def threshold(keep: Keep, confidences: np.ndarray) -> float:
     """The confidence from which an annotation is kept."""
     if keep.rule == "absolute":
         return keep.threshold
-    if keep.rule == "quantile" and len(confidences):
-        return float(np.quantile(confidences, keep.threshold))
+    if keep.rule == "quantile" and not np.isnan(confidences).all():
+        return float(np.nanquantile(confidences, keep.threshold))
     return 0.0
 
 
@@ -116,6 +117,8 @@ def reason(keep: Keep, least: float, sample: dict[str, Any], confidence: float) 
         return "empty"
     if keep.drop_truncated and sample["finish_reason"] == "length":
         return "truncated"
+    if math.isnan(confidence):
+        return "unscored"
     return "kept" if confidence >= least else "below_threshold"
 
 
@@ -143,8 +146,8 @@ def filter_shard(
                 "text": sample["text"],
                 "final_answer": final_answer(prompt["verifier"], sample["text"], prompt["entry"]),
                 "correct": is_correct(prompt["verifier"], sample["text"], prompt["answer"], prompt["entry"]),
-                "ta_teacher": raw,
-                "calibrated": confidence if fit else None,
+                "ta_teacher": None if math.isnan(raw) else raw,
+                "calibrated": confidence if fit and not math.isnan(raw) else None,
                 "calibrates": sample["sample_id"] in fit.seen if fit else None,
                 "kept": why == "kept",
                 "reason": why,

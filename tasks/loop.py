@@ -14,7 +14,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from tasks.catalogue import feed_of, method_of
 from tasks.checkpoint import Best, State, load, load_state, save, save_state
 from tasks.parity import check
 from tasks.plan import Plan
+from tasks.resume import newest, seal, storage
 from tasks.student import Student, World, check_projection, export, full
 
 
@@ -70,7 +70,13 @@ class Loop:
         counts = world.sum(self.feed.counts(load))
         on_weight, off_weight, tokens, pooled, rollouts, rollout_tokens, ended = counts[:7].tolist()
         weight = on_weight + off_weight
-        sums = self._gradients(load.sequences, weight)
+        try:
+            sums = self._gradients(load.sequences, weight)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            size, rows = self.config.micro_batch, ", ".join(self.feed.names(load.draws))
+            raise MemoryError(f"step {state.step + 1}: out of memory at train.micro_batch {size} on {rows}") from error
         self.student.sum_gradients()
         norm = full(torch.nn.utils.clip_grad_norm_(self.student.trained().values(), self.config.clip_norm)).item()
         loss_on, loss_off = world.sum(sums).tolist()
@@ -183,6 +189,11 @@ class Loop:
         )
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch's allocator, on a GPU or on CPU, had nothing left to give."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def start(plan: Plan, world: World, resume: Path | None) -> Loop | None:
     """The loop before its next step, continued from a checkpoint's folder if there is one; None if that one is done."""
     if resume and load_state(resume).finished:
@@ -223,7 +234,8 @@ def proceed(loop: Loop, report: Callable[[Path, int], None], show: Callable[[dic
 
 
 def train(config: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker: ``config`` has the ``plan`` and the ``relay``, an actor that takes rows."""
+    """What Ray Train runs on every worker: ``config`` has the ``plan``, the ``relay``, which takes rows, and the
+    folder of ``checkpoints`` in the store."""
     import ray.train
     import ray.train.torch
 
@@ -233,6 +245,8 @@ def train(config: dict[str, Any]) -> None:
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
     def report(folder: Path, step: int) -> None:
+        if world.rank == 0:
+            seal(folder, step)
         checkpoint = ray.train.Checkpoint.from_directory(folder) if world.rank == 0 else None
         ray.train.report({"step": step}, checkpoint=checkpoint)
 
@@ -240,8 +254,7 @@ def train(config: dict[str, Any]) -> None:
         if world.rank == 0:
             config["relay"].put.remote(row)
 
-    checkpoint = ray.train.get_checkpoint()
-    with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
-        loop = start(plan, world, Path(folder) if folder else None)
+    with newest(*storage(open_store(plan.root), config["checkpoints"])) as folder:
+        loop = start(plan, world, folder)
     if loop:
         proceed(loop, report, show)

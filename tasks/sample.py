@@ -20,6 +20,7 @@ from tasks.config.base import Config
 from tasks.config.signals import Distributions, SampledTokens, Sampling, TopTokens
 from tasks.connection import connected
 from tasks.engines import Call, engines, model_of
+from tasks.quarantine import answered, close
 from tasks.stage import Stage, main
 
 # Columns that engines fill.
@@ -179,6 +180,7 @@ def run(stage: Stage[SampleSettings]) -> None:
     if prompts_done < total:
         with engines(stage) as access:
             for (shard, prompt_ids), answers in access.pool(settings.engine, base).map(calls()):
+                answers = answered(stage, shard, answers, prompt_ids)
                 rows = sample_rows(answers, prompt_ids, model, settings)
                 if top:
                     stage.commit("distributions", shard, best_tokens(rows, answers, top, model.vocab_size))
@@ -189,6 +191,7 @@ def run(stage: Stage[SampleSettings]) -> None:
                 stage.progress(prompts_done, total, "prompts", tokens=tokens, tokens_per_second=round(rate, 1))
     seconds = time.monotonic() - began
     stage.close_table("samples", schemas.SAMPLE)
+    close(stage)
     if isinstance(settings.distributions, SampledTokens):
         read_again(stage, model, settings.distributions)
     if settings.distributions:

@@ -63,11 +63,11 @@ SCORE = pa.schema(
         ("text", pa.string()),
         ("final_answer", pa.string()),
         ("correct", pa.bool_()),  # null where the answer is unknown
-        ("ta_teacher", pa.float32()),  # the TA's confidence in the annotation, 0 to 1
+        ("ta_teacher", pa.float32()),  # the TA's confidence in the annotation, 0 to 1; null if its engine died of it
         ("calibrated", pa.float32()),  # the same as a share correct, which then decides; null where not asked for
         ("calibrates", pa.bool_()),  # whether the calibration was fitted on this row; null where not asked for
         ("kept", pa.bool_()),
-        ("reason", pa.string()),  # kept | below_threshold | empty | truncated
+        ("reason", pa.string()),  # kept | below_threshold | empty | truncated | unscored
     ]
 )
 

@@ -2,14 +2,18 @@
 
 import json
 import math
+import resource
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,13 +23,15 @@ from toys import EOS, commit_inputs, kept_rows, save_model, stage_of
 from transformers import AutoModelForCausalLM
 
 from infra.manifest import read_rows
-from infra.store import LocalStore, S3Store
+from infra.s3 import S3Store
+from infra.store import LocalStore
 from tasks.loop import Loop, proceed, start
-from tasks.schemas import POSITION, STEP
+from tasks.resume import newest, storage
+from tasks.schemas import KEPT, POSITION, STEP
 from tasks.stage import MARK, Stage
 from tasks.student import World
-from tasks.train import TrainSettings, plan_of, run
-from tasks.workers import fit, storage
+from tasks.train import TrainSettings, plan_of, run, smaller
+from tasks.workers import fit
 
 torch.set_num_threads(1)
 SWITCH = {"type": "switch", "max_new_tokens": 10, "block": 4}
@@ -188,7 +194,12 @@ def test_a_worker_killed_midway_costs_steps_but_no_result(
     with pytest.raises(TrainingFailedError):
         run(killed)
     killer.join()
-    assert folder.exists()
+    # A kill in the middle of a checkpoint leaves half a folder; in the middle of Ray Train's list, half of that.
+    half = folder / "checkpoint_9999-cut-off"
+    shutil.copytree(max(folder.glob("checkpoint_*")), half)
+    (half / "weights.safetensors").write_bytes((half / "weights.safetensors").read_bytes()[:1000])
+    listed = folder / "checkpoint_manager_snapshot.json"
+    listed.write_text(listed.read_text()[:50])
     run(killed)
     assert curve(killed).equals(curve(whole))
     assert killed.facts["models"]["student"]["revision"] == whole.facts["models"]["student"]["revision"]
@@ -201,9 +212,11 @@ def test_shards_on_two_workers_are_the_whole_on_one(
 ) -> None:
     train = {**SHORT, "method": SWITCH, "keep": "last", "micro_batch": 3, "batch_size": 9}
     stage = stage_of(store, inputs, train, {"workers": 2})
-    with fit(stage, plan_of(stage).model_copy(update={"sharded": True})).as_directory() as folder:
-        committed = load_file(Path(folder) / "student" / "model.safetensors")
-        rows = pq.read_table(Path(folder) / "steps.parquet").to_pylist()
+    fit(stage, plan_of(stage).model_copy(update={"sharded": True}))
+    with newest(*storage(store, f"{stage.spec.folder}/checkpoints")) as folder:
+        assert folder
+        committed = load_file(folder / "student" / "model.safetensors")
+        rows = pq.read_table(folder / "steps.parquet").to_pylist()
     loop, weights = alone(stage, tmp_path)
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in loop.state.steps], rel=1e-4)
     for name, weight in weights.items():
@@ -215,3 +228,68 @@ def test_a_loss_that_is_not_finite_is_one_line(cluster: None, store: LocalStore,
     train = {**SHORT, "method": {"type": "sft"}, "learning_rate": 1e30, "warmup_steps": 0, "validate_every": 100}
     with pytest.raises(ValueError, match=r"^step 2: loss nan, .* on row-\d+, .*; last good checkpoint: step 0"):
         run(stage_of(store, inputs, train, {"workers": 2}))
+
+
+def worker_limits(watch: Callable[[int], None], ended: threading.Event) -> threading.Thread:
+    """Show every training worker to ``watch``, again and again, until the event is set."""
+
+    def look() -> None:
+        while not ended.wait(0.01):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error, ProcessLookupError, FileNotFoundError):
+                    if "RayTrainWorker" in " ".join(process.cmdline()):
+                        watch(process.pid)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    return thread
+
+
+@pytest.mark.long
+def test_a_worker_out_of_memory_goes_on_with_half_the_sequences(cluster: None, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    student = save_model(store, "student", seed=1, hidden=64)
+    row = {"prompt_id": "p", "sample_id": "s", "source": "toy", "prompt_token_ids": [1, 5], "weight": 1.0}
+    responses = [[3 + (start + place) % 200 for place in range(100)] for start in range(512)]
+    rows = [row | {"row_id": f"row-{number}", "token_ids": ids} for number, ids in enumerate(responses)]
+    inputs = commit_inputs(store, {"student": student}, pa.Table.from_pylist(rows, KEPT))
+    settings = {"method": {"type": "sft"}, "steps": 2, "batch_size": 512, "validation_share": 0.0}
+    held = [0]
+
+    def measure(pid: int) -> None:
+        status = Path(f"/proc/{pid}/status").read_text()
+        held[0] = max(held[0], *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData")))
+
+    def limit(pid: int) -> None:
+        # Room for half of the batch at once, and some more; all of it takes about twice that.
+        bytes_ = (held[0] << 10) + (100 << 20)
+        resource.prlimit(pid, resource.RLIMIT_DATA, (bytes_, bytes_))
+
+    results = []
+    for watch, micro_batch in ((measure, 256), (limit, 512)):
+        ended = threading.Event()
+        watcher = worker_limits(watch, ended)
+        stage = stage_of(store, inputs, {**settings, "micro_batch": micro_batch})
+        try:
+            run(stage)
+        finally:
+            ended.set()
+            watcher.join()
+        results.append(stage)
+    small, large = results
+    assert "out_of_memory" not in small.facts
+    assert large.facts["out_of_memory"]["micro_batch"] == 256
+    assert "step 1: out of memory at train.micro_batch 512 on row-" in large.facts["out_of_memory"]["said"]
+    assert curve(large).equals(curve(small))
+
+
+def test_one_sequence_that_does_not_fit_is_one_line(store: LocalStore, inputs: dict[str, str]) -> None:
+    plan = plan_of(stage_of(store, inputs, {**SHORT, "method": {"type": "sft"}, "micro_batch": 1}))
+    with pytest.raises(ValueError, match=r"^step 3: out of memory.*: set train.gradient_checkpointing"):
+        smaller(plan, 1, MemoryError("step 3: out of memory at train.micro_batch 1 on row-7"))
+    assert (
+        smaller(
+            plan_of(stage_of(store, inputs, {**SHORT, "method": {"type": "sft"}, "micro_batch": 8})), 4, MemoryError()
+        ).train.micro_batch
+        == 1
+    )
