@@ -98,6 +98,13 @@ class S3Store(Store):
     def create(self, path: str, data: bytes) -> bool:
         return self._put_if(path, data, IfNoneMatch="*")
 
+    def swap(self, path: str, old: bytes | None, new: bytes) -> bool:
+        if old is None:
+            return self.create(path, new)
+        found = self._head(path)
+        # Whatever happens after this look makes the condition fail.
+        return bool(found) and self.read(path) == old and self._put_if(path, new, IfMatch=found["ETag"])
+
     def _put_if(self, path: str, data: bytes, **condition: str) -> bool:
         """Put the object under a condition. False: it does not hold."""
         # A repeated put whose first answer was lost meets its own object: the writer's id tells it from another's.
@@ -114,6 +121,8 @@ class S3Store(Store):
                 )
                 return True
             except ClientError as error:
+                if error.response["Error"].get("Code") == "NoSuchKey":  # what was to be replaced is gone
+                    return False
                 if status_of(error) not in (409, 412):
                     raise
                 # 409: another conditional put is under way on the same key.

@@ -1,12 +1,14 @@
 """The store: named bytes in a local folder or an S3 bucket, behind one small interface.
 
-Two promises carry everything above it:
+Three promises carry everything above it:
 - ``write`` and ``create`` are atomic: a reader sees the whole object or none.
 - ``create`` is exclusive: of any number of writers of one path exactly one wins, and every other is told so.
+- ``swap`` replaces only what its caller has read: no change of another writer is lost.
 
 Paths are relative to the store's root, use ``/``, and cannot leave the root.
 """
 
+import fcntl
 import os
 import shutil
 import uuid
@@ -46,6 +48,11 @@ class Store(ABC):
     @abstractmethod
     def create(self, path: str, data: bytes) -> bool:
         """Put the object only if none stands there. True: these bytes are now the object. False: another's are."""
+
+    @abstractmethod
+    def swap(self, path: str, old: bytes | None, new: bytes) -> bool:
+        """Replace the object only if it still holds ``old`` (None: only if there is none). True: ``new`` stands there.
+        Every writer of such a path uses ``swap``."""
 
     @abstractmethod
     def exists(self, path: str) -> bool: ...
@@ -116,6 +123,21 @@ class LocalStore(Store):
             except FileExistsError:
                 return False
             return True
+
+    def swap(self, path: str, old: bytes | None, new: bytes) -> bool:
+        with self._locked(self._at(path)):
+            if (self.read(path) if self.exists(path) else None) != old:
+                return False
+            self.write(path, new)
+        return True
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """One process at a time; the lock ends with its holder, however that ends."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f".{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def exists(self, path: str) -> bool:
         return self._at(path).is_file()

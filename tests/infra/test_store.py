@@ -37,6 +37,30 @@ def test_of_many_creators_one_wins(store: Store) -> None:
     assert store.read("race") == str(won.index(True)).encode()
 
 
+def test_a_swap_replaces_only_what_was_read(store: Store) -> None:
+    assert not store.swap("p/now.json", b"one", b"two")
+    assert store.swap("p/now.json", None, b"one")
+    assert not store.swap("p/now.json", None, b"other")
+    assert store.swap("p/now.json", b"one", b"two")
+    assert not store.swap("p/now.json", b"one", b"three")
+    assert store.read("p/now.json") == b"two"
+    assert list(store.list("p")) == ["p/now.json"]
+
+
+def test_no_count_is_lost_between_many_swappers(store: Store) -> None:
+    store.write("count", b"0")
+
+    def add(_: int) -> None:
+        while True:
+            old = store.read("count")
+            if store.swap("count", old, str(int(old) + 1).encode()):
+                return
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(12)))
+    assert store.read("count") == b"12"
+
+
 def test_list_is_recursive_sorted_and_bounded_by_the_folder(store: Store) -> None:
     for path in ("t/b", "t/a/c", "table/x"):
         store.write(path, b"")
