@@ -17,7 +17,7 @@ from infra.store import Store
 from tasks.accounts import costs, funnel
 
 UPDATE_SECONDS = 2.0
-LABELS = ("base", "warmup", "final", "teacher")
+LABELS = ("promoted", "base", "warmup", "final", "teacher")
 
 
 class StageProgress:

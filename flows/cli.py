@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from rich.markup import escape
 
 from flows.keeper import Json, Root, UserError, console, keeper
 from flows.local import Local, running_local
@@ -153,8 +154,17 @@ def show_result(result: dict[str, Any]) -> None:
         if result["message"]:
             console.print(f"[red]{result['state']}[/]: {result['message']}", highlight=False)
         return
+    print_gate(result)
     console.print(f"report   {result['report']}", highlight=False, soft_wrap=True)
     console.print(f"student  {result['student']}", highlight=False, soft_wrap=True)
+
+
+def print_gate(result: dict[str, Any]) -> None:
+    """Whether the student was promoted, and by which conditions."""
+    word = "[green]promoted[/]" if result["promoted"] else "[yellow]not promoted[/]"
+    console.print(f"{word}: {escape(result['reason'])}", highlight=False)
+    for check in result["gate"] or []:
+        console.print(f"  {'[green]✓[/]' if check['passed'] else '[red]✗[/]'} {escape(check['text'])}", highlight=False)
 
 
 @app.command()

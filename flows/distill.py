@@ -16,6 +16,7 @@ from flows.story import Pipeline
 from infra.faults import fault_of
 from tasks.config import RunConfig
 from tasks.models import ROLES, identity
+from tasks.promoted import Promotion
 from tasks.sources import identity as source_identity
 
 
@@ -143,7 +144,15 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         **({"annotate": samples, "student_sample": student_samples} if compares else {}),
     )
 
-    # Evaluate: base and teacher once and for all; warmed-up and final student with every change.
+    # Evaluate: base and teacher once and for all; warmed-up and final student with every change. The promoted student
+    # too, on the same rows: a new one has to beat it.
+    rival: Promotion | None = found["promoted"]
+    entries = [
+        {"label": "warmup", "engine": "student", "weights": "warmup-train"},
+        {"label": "final", "engine": "student", "weights": "train"},
+    ]
+    if rival:
+        entries.append({"label": "promoted", "engine": "student", "weights": "promoted"})
     measure = {"evaluate": plain["evaluate"], "seed": config.seed, **shared}
     before = stage(
         "evaluate-before",
@@ -160,10 +169,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         "tasks.evaluate",
         {
             **measure,
-            "entries": [
-                {"label": "warmup", "engine": "student", "weights": "warmup-train"},
-                {"label": "final", "engine": "student", "weights": "train"},
-            ],
+            "entries": entries,
             "references": "evaluate-before",
         },
         models=models,
@@ -171,6 +177,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         evaluate_before=before,
         warmup_train=warmup,
         train=final,
+        **({"promoted": rival.manifest} if rival else {}),
     )
 
     # Report and promote.
@@ -183,6 +190,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "config": config.model_dump(mode="json", exclude={"resources", "engines", "device"}),
             "evaluate": plain["evaluate"],
             "promote": plain["promote"],
+            "rival": {"label": "promoted", "fingerprint": rival.fingerprint} if rival else None,
             "budget": plain["budget"],
         },
         models=models,
@@ -205,7 +213,7 @@ def distill(config: RunConfig, root: str = "runs/default", redo_from: str | None
     """Distil the teacher into the student: prompts in, a promoted student and its report out."""
     try:
         with Runner.open(config, root, redo_from) as runner:
-            found = identities(config)
+            found = {**identities(config), "promoted": runner.record.promoted}
             try:
                 story(runner, found)
             except StageDamaged as damaged:

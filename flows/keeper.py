@@ -1,4 +1,5 @@
-"""Commands that look at a store, and look after it: ``switchyard show | compare | signals | verify | trace | gc``."""
+"""Commands that look at a store, and look after it: ``switchyard show | compare | signals | verify | trace | rollback |
+gc``."""
 
 import io
 import json
@@ -140,6 +141,29 @@ def trace(
         raise UserError([str(error)]) from None
     console.print(trace_table(found))
     print(json.dumps(found, default=str), flush=True)
+
+
+@keeper.command()
+def rollback(
+    root: Root = "runs/default",
+    name: Annotated[str | None, typer.Option(help="The pipeline; needed where the root has several.")] = None,
+    json_: Json = False,
+) -> None:
+    """Return to the student that was promoted before. What was promoted stays in the history."""
+    from tasks.promoted import names, roll_back
+
+    store = open_store(root)
+    known = names(store)
+    if name is None and len(known) != 1:
+        raise UserError([f"--name: {len(known)} pipelines in {root} have a promoted student: {', '.join(known)}"])
+    try:
+        now, before = roll_back(store, name or known[0])
+    except ValueError as error:
+        raise UserError([str(error)]) from None
+    console.print(f"{now.name}: entry {before.number} gave way to the student of {now.run}", highlight=False)
+    console.print(f"student  {store.location(now.student)}", highlight=False, soft_wrap=True)
+    if json_:
+        print(now.model_dump_json(), flush=True)
 
 
 @keeper.command()

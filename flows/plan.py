@@ -6,7 +6,7 @@ from typing import Any
 from flows.distill import identities, story
 from flows.estimate import Estimate, estimate
 from flows.preflight import preflight, readable
-from flows.record import load_record, run_id
+from flows.record import load_record, rival_of, run_id
 from flows.story import Pipeline
 from infra.store import open_store
 from tasks.config import RunConfig
@@ -82,7 +82,8 @@ def plan_run(config: RunConfig, root: str) -> Plan:
         return plan
     known = load_record(open_store(root), run)
     planner = Planner(config, root, run, known.redo if known else {})
-    story(planner, identities(config))
+    rival = rival_of(planner.store, config, known)
+    story(planner, {**identities(config), "promoted": rival})
     needs: Estimate = estimate(config)
     for spec in planner.specs:
         cost = needs.stages.get(spec.stage)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from infra.manifest import Manifest, fingerprint, load_manifest
 from infra.store import Store
 from tasks.config import RunConfig
+from tasks.promoted import Promotion, current
 
 
 class StageRecord(BaseModel):
@@ -33,6 +34,7 @@ class RunRecord(BaseModel):
     refused: bool = False  # a stage found a user's mistake
     redo: dict[str, int] = Field(default_factory=dict)
     stages: list[StageRecord] = Field(default_factory=list)
+    promoted: Promotion | None = None  # as it stood when the run began: what a new student has to beat
     touched: dict[str, str] = Field(default_factory=dict)  # latest manifest of every stage, by name, over all attempts
     started: datetime = Field(default_factory=lambda: datetime.now(UTC))
     finished: datetime | None = None
@@ -70,6 +72,11 @@ def load_record(store: Store, run: str) -> RunRecord | None:
         return None
 
 
+def rival_of(store: Store, config: RunConfig, known: RunRecord | None) -> Promotion | None:
+    """The student to beat: the one promoted when the run began, for a run that continues; else the one promoted now."""
+    return known.promoted if known else current(store, config.name)
+
+
 def find_record(store: Store, run: str) -> RunRecord:
     """The record of a run by its id or by the start of it; ValueError with the known ones."""
     known = [path.split("/")[1] for path in store.list("runs") if path.endswith("/run.json")]
@@ -100,6 +107,8 @@ def outcome(record: RunRecord, store: Store) -> dict[str, Any]:
         "report": place(store, facts.get("report")),
         "student": place(store, facts.get("student")),
         "promoted": facts.get("promoted"),
+        "reason": facts.get("reason"),
+        "gate": facts.get("gate"),
         "metrics": facts.get("metrics"),
         "seconds": round(record.seconds, 1),
         "stages": [

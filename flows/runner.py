@@ -22,7 +22,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows.artifacts import StageProgress, publish
 from flows.display import display
-from flows.record import RunRecord, StageRecord, load_record, outcome, run_id
+from flows.record import RunRecord, StageRecord, load_record, outcome, rival_of, run_id
 from flows.story import Pipeline
 from infra.cluster import FINAL, QUIET, Cluster, Job, submit
 from infra.faults import fault_of
@@ -79,6 +79,7 @@ class Runner(Pipeline):
             root=store.uri,
             config=config.model_dump(mode="json"),
             redo=redo,
+            promoted=rival_of(store, config, known),
             touched=known.touched if known else {},
         )
         record.save(store)

@@ -10,7 +10,7 @@ from flows.plan import Plan
 from infra.manifest import Manifest
 
 # Facts of stages that are long or shown elsewhere.
-ELSEWHERE = {"models", "metrics", "differences", "verdict", "report", "student", "promoted"}
+ELSEWHERE = {"models", "metrics", "differences", "verdict", "report", "student", "promoted", "gate", "per_1000_queries"}
 
 
 def metrics_table(metrics: dict[str, Any]) -> Table:

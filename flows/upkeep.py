@@ -8,6 +8,7 @@ from flows.record import RunRecord, load_record
 from infra.audit import Damage, damages, forget
 from infra.manifest import Manifest, load_manifest, read_table
 from infra.store import Store
+from tasks.promoted import history, names
 
 
 def all_runs(store: Store) -> list[RunRecord]:
@@ -72,10 +73,8 @@ def reach(store: Store, manifest_path: str, live: set[str]) -> None:
 
 def promotions(store: Store) -> Iterator[str]:
     """Manifests of the reports whose students were ever promoted."""
-    for path in store.list("promoted"):
-        parts = path.split("/")
-        if len(parts) == 3:  # promoted/<run>/<fingerprint>.json
-            yield f"stages/report/{parts[2].removesuffix('.json')}/manifest.json"
+    for name in names(store):
+        yield from {entry.manifest for entry in history(store, name)}
 
 
 # Where a training row's way can be followed: (stage, table, column that names it, what is found there).

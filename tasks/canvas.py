@@ -19,6 +19,7 @@ COLORS = {
     "paper": "#ffffff",
     "base": "#7d8590",
     "warmup": "#e69f00",
+    "promoted": "#8b5fbf",
     "final": "#0072b2",
     "teacher": "#009e73",
     "wrong": "#d55e00",

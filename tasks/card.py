@@ -13,7 +13,7 @@ from tasks.config.methods import Switch
 from tasks.config.models import HuggingFaceModel
 from tasks.config.run import RunConfig
 from tasks.config.train import TrainConfig
-from tasks.metrics import LABELS, METRICS, Results
+from tasks.metrics import METRICS, Results
 from tasks.verdict import NAMES, SHOWN, verdict
 
 TEXT = """{front}
@@ -129,7 +129,7 @@ def table(results: Results) -> str:
         return "Not measured."
     lines = ["| Model | " + " | ".join(f"{SHOWN[metric].name} ({SHOWN[metric].unit})" for metric in metrics) + " |"]
     lines.append("|---|" + "---:|" * len(metrics))
-    for label in LABELS:
+    for label in results.metrics:
         row = results.metrics[label]
         if any(row[metric] is not None for metric in metrics):
             cells = [

@@ -3,6 +3,7 @@
 python -m tasks.evaluate --spec SPEC.json
 """
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from infra.manifest import read_part
-from infra.models import ModelRef
+from infra.models import ModelRef, local_folder
+from infra.store import Store
 from tasks import schemas
 from tasks.config.base import Config
 from tasks.config.evaluate import EvaluateConfig
@@ -20,6 +22,7 @@ from tasks.sample import sample_seed, slices
 from tasks.stage import Stage, main
 from tasks.verify import final_answer, is_correct, rouge_l
 
+INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 REFERENCE = pa.schema([("prompt_id", pa.string()), ("reference", pa.string())])
 
 
@@ -27,7 +30,7 @@ class Entry(Config):
     """One model to evaluate."""
 
     label: str
-    """base | teacher | warmup | final"""
+    """base | teacher | warmup | final | promoted"""
     engine: str
     """Key in the input ``models`` whose engine serves it."""
     weights: str | None = None
@@ -75,6 +78,11 @@ class Evaluation:
     def model(self, entry: Entry) -> ModelRef:
         base = model_of(self.stage, "models", entry.engine)
         return model_of(self.stage, entry.weights, "student") if entry.weights else base
+
+    def served_by(self, entry: Entry) -> ModelRef:
+        """The model whose engine takes the entry's weights: its own where these are of another architecture."""
+        base, model = model_of(self.stage, "models", entry.engine), self.model(entry)
+        return base if architecture(self.stage.store, base) == architecture(self.stage.store, model) else model
 
     def number(self, entry: Entry, shard: int) -> int:
         return self.settings.entries.index(entry) * len(self.shards) + shard
@@ -129,9 +137,9 @@ class Evaluation:
             for table in tables:
                 self.references.update(zip(table["prompt_id"].to_pylist(), table["reference"].to_pylist(), strict=True))
 
-    def perform(self, access: EngineAccess, engine: str, calls: Iterator[Work], label: str) -> None:
-        """Have one engine do the calls, and commit each as it comes."""
-        pool = access.pool(engine, model_of(self.stage, "models", engine))
+    def perform(self, access: EngineAccess, engine: str, model: ModelRef, calls: Iterator[Work], label: str) -> None:
+        """Have the model's engine do the calls, and commit each as it comes."""
+        pool = access.pool(engine, model)
         for (table, shard, prompts), result in pool.map(calls):
             if table == "references":
                 rows = pa.table(
@@ -172,6 +180,12 @@ class Evaluation:
         return pa.Table.from_pylist(rows, schema=schemas.EVALUATION)
 
 
+def architecture(store: Store, model: ModelRef) -> dict[str, Any]:
+    """A model's configuration without what names, dates or casts it: alike where weights fit."""
+    config = json.loads((local_folder(store, model, weights=False) / "config.json").read_text())
+    return {key: value for key, value in config.items() if key not in INCIDENTAL}
+
+
 def losses(label: str, prompts: list[dict[str, Any]], means: list[float], counts: list[int]) -> pa.Table:
     """Response losses as rows: the loss is the negative mean log-probability. What the engine died of has none."""
     table = pa.table(
@@ -193,10 +207,12 @@ def run(stage: Stage[EvaluateSettings]) -> None:
     if evaluation.steps < evaluation.steps_total:
         with engines(stage) as access:
             if evaluation.makes_references:
-                evaluation.perform(access, "teacher", evaluation.reference_calls(), "references")
+                teacher = model_of(stage, "models", "teacher")
+                evaluation.perform(access, "teacher", teacher, evaluation.reference_calls(), "references")
             evaluation.load_references()
             for entry in stage.settings.entries:
-                evaluation.perform(access, entry.engine, evaluation.entry_calls(entry), entry.label)
+                served_by = evaluation.served_by(entry)
+                evaluation.perform(access, entry.engine, served_by, evaluation.entry_calls(entry), entry.label)
     if evaluation.makes_references:
         stage.close_table("references", REFERENCE)
     stage.close_table("evaluations", schemas.EVALUATION)

@@ -5,10 +5,11 @@ response counts alike in the last two; in the loss every reference token does.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kernels.bootstrap import Interval, difference_interval, mean_interval
@@ -16,12 +17,15 @@ from tasks.config.evaluate import EvaluateConfig
 
 METRICS = ("loss", "rouge_l", "accuracy")
 LABELS = ("base", "warmup", "final", "teacher")
+# Measured too where a student is promoted and training did not start from it.
+PROMOTED = "promoted"
 DIFFERENCES = {
     "final-base": ("final", "base"),
     "final-warmup": ("final", "warmup"),
     "final-teacher": ("final", "teacher"),
 }
-EVALUATION_COLUMNS = ["label", "prompt_id", "source", "sample_index", "correct", "rouge_l"]
+AGAINST_PROMOTED = {"final-promoted": ("final", PROMOTED)}
+EVALUATION_COLUMNS = ["label", "prompt_id", "source", "sample_index", "correct", "rouge_l", "tokens", "finish_reason"]
 LOSS_COLUMNS = ["label", "prompt_id", "source", "loss", "tokens"]
 # Sources reported one by one: the largest; a data set with thousands of them would hide the others.
 SOURCES = 30
@@ -42,6 +46,13 @@ METRIC = pa.schema(
 Measured = dict[str, Any]
 
 
+class Habits(NamedTuple):
+    """How a model writes: mean tokens of a response, and the share of responses that end by themselves."""
+
+    tokens: float
+    eos_rate: float
+
+
 @dataclass
 class Results:
     """What was measured: over all held-out problems, and by source."""
@@ -50,10 +61,11 @@ class Results:
     differences: dict[str, Measured]
     problems: int
     by_source: dict[str, "Results"] = field(default_factory=dict)
+    habits: dict[str, Habits] = field(default_factory=dict)
 
     def known(self, metric: str) -> list[str]:
         """Labels with a value of this metric."""
-        return [label for label in LABELS if self.metrics[label][metric] is not None]
+        return [label for label in self.metrics if self.metrics[label][metric] is not None]
 
 
 @dataclass
@@ -64,6 +76,10 @@ class Grids:
     values: dict[tuple[str, str], NDArray]
     tokens: dict[str, NDArray]
     sources: NDArray
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.tokens)
 
     def at(self, rows: NDArray) -> "Grids":
         return Grids(
@@ -81,7 +97,17 @@ def measure(evaluations: pa.Table, losses: pa.Table, evaluate: EvaluateConfig, s
     if len(names) > 1:
         for name in names[np.argsort(-counts, kind="stable")][:SOURCES].tolist():
             results.by_source[name] = summarise(grids.at(grids.sources == name), evaluate, seed)
+    results.habits = habits(evaluations)
     return results
+
+
+def habits(evaluations: pa.Table) -> dict[str, Habits]:
+    """By label, of those that were evaluated."""
+    ended = pc.equal(evaluations["finish_reason"], "stop").cast(pa.float64())
+    means = (
+        evaluations.append_column("ended", ended).group_by("label").aggregate([("tokens", "mean"), ("ended", "mean")])
+    )
+    return {row["label"]: Habits(row["tokens_mean"], row["ended_mean"]) for row in means.to_pylist()}
 
 
 def summarise(grids: Grids, evaluate: EvaluateConfig, seed: int) -> Results:
@@ -92,11 +118,12 @@ def summarise(grids: Grids, evaluate: EvaluateConfig, seed: int) -> Results:
         return grids.tokens[label] if metric == "loss" else None
 
     metrics, differences = {}, {}
-    for label in LABELS:
+    for label in grids.labels:
         metrics[label] = measured(
             {m: mean_interval(grids.values[label, m], weights=weights(label, m), **options) for m in METRICS}
         )
-    for name, (new, old) in DIFFERENCES.items():
+    pairs = DIFFERENCES | (AGAINST_PROMOTED if PROMOTED in grids.labels else {})
+    for name, (new, old) in pairs.items():
         differences[name] = measured(
             {
                 m: difference_interval(grids.values[new, m], grids.values[old, m], weights=weights(new, m), **options)
@@ -131,7 +158,7 @@ def to_grids(evaluations: pa.Table, losses: pa.Table) -> Grids:
     width = 1 + int(column.max(initial=0))
 
     values, tokens = {}, {}
-    for label in LABELS:
+    for label in (*LABELS, PROMOTED) if PROMOTED in labels else LABELS:
         at = labels == label
         for metric, mark in marks.items():
             values[label, metric] = _filled((len(problems), width), (row[at], column[at]), mark[at])

@@ -12,7 +12,7 @@ from infra.manifest import read_table
 from infra.store import Store
 from tasks import findings, overview
 from tasks.accounts import Manifests, costs, funnel, in_order, online_teacher_tokens, per_1000_queries, teacher_queries
-from tasks.metrics import DIFFERENCES, LABELS, METRICS, SOURCES, Results
+from tasks.metrics import METRICS, SOURCES, Results
 from tasks.promote import Decision
 from tasks.stage import Stage
 from tasks.verdict import NAMES, SHOWN, details, headline, outcome
@@ -92,10 +92,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     found.filters.update(count=count, span=span, clip=clip, percent=percent, decimal=decimal)
-    found.globals.update(
-        LABELS=LABELS, METRICS=METRICS, DIFFERENCES=DIFFERENCES, NAMES=NAMES, SHOWN=SHOWN, SOURCES=SOURCES, FEW=FEW,
-        outcome=outcome,
-    )  # fmt: skip
+    found.globals.update(METRICS=METRICS, NAMES=NAMES, SHOWN=SHOWN, SOURCES=SOURCES, FEW=FEW, outcome=outcome)
     return found
 
 

@@ -23,11 +23,13 @@ from tasks.config.evaluate import EvaluateConfig, PromoteConfig
 from tasks.config.run import RunConfig
 from tasks.config.signals import Budget
 from tasks.metrics import EVALUATION_COLUMNS, LOSS_COLUMNS, Results, as_table, measure
-from tasks.promote import decide, move
+from tasks.promote import Decision, Rival, decide
+from tasks.promoted import promote
 from tasks.stage import Stage, main
 from tasks.verdict import headline, verdict
 
 STEPS = 4
+OVERTAKEN = "another student was promoted, or the promoted one rolled back, while this run went on"
 
 
 class ReportSettings(Config):
@@ -43,6 +45,8 @@ class ReportSettings(Config):
     """Intervals."""
     promote: PromoteConfig
     """The gate of the promotion."""
+    rival: Rival | None = None
+    """The student promoted when the run began; none where absent."""
     budget: Budget
     """What might be asked of the teacher."""
 
@@ -83,6 +87,23 @@ def finish_student(stage: Stage[ReportSettings], manifests: Manifests, results: 
     return student
 
 
+def move(stage: Stage[ReportSettings], decision: Decision) -> bool:
+    """Make the student the promoted one. False where another came first."""
+    facts, rival = stage.facts, stage.settings.rival
+    entry = promote(
+        stage.store,
+        stage.settings.name,
+        rival.fingerprint if rival else None,
+        run=stage.spec.runtime.run,
+        fingerprint=stage.spec.fingerprint,
+        manifest=stage.spec.manifest_path,
+        reason=decision.reason,
+        **{key: facts[key] for key in ("student", "report", "verdict", "metrics")},
+    )
+    facts["promotion"] = entry.number if entry else None
+    return entry is not None
+
+
 def run(stage: Stage[ReportSettings]) -> None:
     # Matplotlib and jinja take a second to import; settings are read by others too.
     from tasks import page
@@ -103,20 +124,26 @@ def run(stage: Stage[ReportSettings]) -> None:
     )
     stage.progress(1, STEPS, "steps", now="student")
     student = finish_student(stage, manifests, results)
-    decision = decide(results, settings.promote, student is not None)
-    facts.update(student=student.path if student else None, promoted=decision.promoted, reason=decision.reason)
+    decision = decide(results, settings.promote, student is not None, settings.rival)
+    facts["student"] = student.path if student else None
     facts["models"] = {"student": student.model_dump()} if student else {}
 
     stage.progress(2, STEPS, "steps", now="page")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        page.write(folder, stage, manifests, results, decision)
-        place = stage.add_files("report", folder)
-    facts.update(report=f"{place}/index.html", overview=f"{place}/overview.png")
+
+    def write_page() -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            page.write(Path(temporary), stage, manifests, results, decision)
+            place = stage.add_files("report", Path(temporary))
+        facts.update(report=f"{place}/index.html", overview=f"{place}/overview.png")
+
+    write_page()
     stage.progress(3, STEPS, "steps", now="promotion")
-    if decision.promoted:
-        entry = {key: facts[key] for key in ("student", "report", "verdict", "metrics", "differences")}
-        facts["promoted_entry"] = move(stage.store, settings.name, stage.spec.fingerprint, entry)
+    if decision.promoted and not move(stage, decision):
+        decision = decision._replace(promoted=False, reason=OVERTAKEN)
+        write_page()
+    facts.update(
+        promoted=decision.promoted, reason=decision.reason, gate=[check._asdict() for check in decision.checks]
+    )
     stage.log.info("%s", facts["verdict"])
     stage.progress(STEPS, STEPS, "steps", last=True)
 

@@ -144,7 +144,7 @@ POSITION = pa.schema(
 # One evaluated response: SAMPLE's identity with its marks.
 EVALUATION = pa.schema(
     [
-        ("label", pa.string()),  # base | teacher | warmup | final
+        ("label", pa.string()),  # base | teacher | warmup | final | promoted
         ("prompt_id", pa.string()),
         ("source", pa.string()),
         ("sample_index", pa.int32()),

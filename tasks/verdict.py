@@ -3,7 +3,7 @@
 from tasks.metrics import METRICS, Results
 
 # Models as people read them.
-NAMES = {"base": "Base", "warmup": "Warmed up", "final": "Final", "teacher": "Teacher"}
+NAMES = {"base": "Base", "warmup": "Warmed up", "final": "Final", "teacher": "Teacher", "promoted": "Promoted"}
 # Which way is better.
 BETTER = {"loss": -1, "rouge_l": 1, "accuracy": 1}
 

@@ -26,9 +26,20 @@ class EvaluateConfig(Config):
 
 
 class PromoteConfig(Config):
-    """When the new student replaces the promoted one."""
+    """When the new student replaces the promoted one; the limits apply where there is one."""
 
     enabled: bool = True
-    """Write ``promoted.json``."""
+    """Promote at all."""
     metric: Literal["loss", "rouge_l", "accuracy"] = "loss"
-    """Where the final student must beat the base student, by the whole paired interval."""
+    """Where the final student must beat the promoted one, by the whole paired interval; the base student where none is
+    promoted yet."""
+    min_length: float = Field(default=0.5, ge=0, le=1)
+    """Responses must be at least so long, as a multiple of the promoted student's mean tokens."""
+    max_length: float = Field(default=1.5, ge=1)
+    """Responses may be so long at most, as a multiple of the promoted student's mean tokens."""
+    max_eos_loss: float = Field(default=0.02, ge=0, le=1)
+    """By how much the share of responses that end by themselves may fall."""
+    max_worse_tasks: int = Field(default=0, ge=0)
+    """Tasks that may get worse by their whole paired interval. Of many tasks without any change one in forty does."""
+    task_problems: int = Field(default=10, ge=2)
+    """A task with fewer held-out problems is not judged by itself."""

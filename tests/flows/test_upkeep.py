@@ -13,7 +13,7 @@ from flows.upkeep import garbage, trace, verify
 from infra.manifest import Manifest, commit_manifest, commit_part, table_entry
 from infra.store import LocalStore, Store
 from tasks import schemas
-from tasks.promote import move
+from tasks.promoted import promote
 
 
 def stage(
@@ -60,12 +60,19 @@ def test_what_no_run_and_no_promotion_leads_to_is_garbage(tmp_path: Path) -> Non
     promoted = stage(store, "report", "d", [old])
     record(store, models, new)
     lost = stage(store, "train", "e", [models])
-    move(store, "mine", promoted.fingerprint, {})
+    promote_report(store, "mine", promoted)
     found = garbage(store)
     assert set(found.folders) == {lost.folder}
     assert found.kept == 4
-    store.delete("promoted/mine/" + "d" * 16 + ".json")
+    for path in list(store.list("promoted")):
+        store.delete(path)
     assert set(garbage(store).folders) == {lost.folder, old.folder, promoted.folder}
+
+
+def promote_report(store: Store, name: str, report: Manifest, over: str | None = None) -> None:
+    facts = {"student": "s", "report": "r", "reason": "", "verdict": "", "metrics": {}}
+    mark = {"run": f"{name}-1", "fingerprint": report.fingerprint, "manifest": report.path}
+    assert promote(store, name, over, **mark, **facts)
 
 
 def test_nothing_is_garbage_while_a_run_goes_on(tmp_path: Path) -> None:

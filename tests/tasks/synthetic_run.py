@@ -29,7 +29,13 @@ CONFIG = {
 }
 HOSTILE = '</div><script>alert("x")</script><img src="https://evil.example/x.png" onerror=alert(1)>'
 # Accuracy and loss of each model on a problem of average difficulty.
-SKILL = {"base": (0.16, 2.05), "warmup": (0.31, 1.62), "final": (0.52, 1.24), "teacher": (0.8, 0.83)}
+SKILL = {
+    "base": (0.16, 2.05),
+    "warmup": (0.31, 1.62),
+    "final": (0.52, 1.24),
+    "teacher": (0.8, 0.83),
+    "promoted": (0.52, 1.24),
+}
 
 
 class SyntheticRun:
@@ -257,7 +263,9 @@ class SyntheticRun:
         tables = {"evaluations": (schemas.EVALUATION, evaluations), "losses": (schemas.RESPONSE_LOSS, losses)}
         self.stage(name, tables, completion_tokens=24 * len(evaluations), rows=len(evaluations))
 
-    def report(self, inputs: list[str] | None = None) -> tuple[Stage, Manifest]:
+    def report(
+        self, inputs: list[str] | None = None, rival: dict | None = None, run: str = "alone"
+    ) -> tuple[Stage, Manifest]:
         """Run the report over these inputs, over all where none is named."""
         config = self.config.model_dump(mode="json")
         settings = {key: config[key] for key in ("name", "seed", "evaluate", "promote", "budget")}
@@ -265,8 +273,9 @@ class SyntheticRun:
             stage="report",
             module="tasks.report",
             root=str(self.root),
-            settings={**settings, "config": config},
+            settings={**settings, "config": config, "rival": rival},
             inputs={name: self.paths[name] for name in (self.paths if inputs is None else inputs)},
+            runtime={"run": run},
         )
         stage = Stage(spec, ReportSettings.model_validate(spec.settings))
         run_report(stage)

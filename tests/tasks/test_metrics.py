@@ -12,11 +12,14 @@ EVALUATE = EvaluateConfig(bootstrap=200)
 
 
 def tables(evaluations, losses=()):
-    """(label, problem, source, index, correct, rouge) and (label, problem, source, loss, tokens) as tables."""
+    """(label, problem, source, index, correct, rouge[, tokens, finish reason]) and (label, problem, source, loss, tokens)
+    as tables."""
     wide = pa.schema([schemas.EVALUATION.field(name) for name in EVALUATION_COLUMNS])
     narrow = pa.schema([schemas.RESPONSE_LOSS.field(name) for name in LOSS_COLUMNS])
     return (
-        pa.Table.from_pylist([dict(zip(wide.names, row, strict=True)) for row in evaluations], schema=wide),
+        pa.Table.from_pylist(
+            [dict(zip(wide.names, (*row, 8, "stop"), strict=False)) for row in evaluations], schema=wide
+        ),
         pa.Table.from_pylist([dict(zip(narrow.names, row, strict=True)) for row in losses], schema=narrow),
     )
 
