@@ -5,10 +5,11 @@ S3 by boto3's standard chain of credentials, region and endpoint, as in the stor
 
 import hashlib
 import io
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import urlparse
 
 from infra.s3 import S3Store, ask, get_bytes
@@ -114,6 +115,40 @@ def find_files(uri: str, suffix: str) -> list[str]:
     if not found:
         raise ValueError(f"no {suffix} file below {uri!r}: correct the path")
     return found
+
+
+class Listed(NamedTuple):
+    """A file of a folder. ``stamp`` changes with the file; ``age``: seconds since it did, None on S3, where objects
+    appear whole."""
+
+    uri: str
+    size: int
+    stamp: str
+    age: float | None
+
+
+def list_files(uri: str) -> Iterator[Listed]:
+    """All files below a folder or prefix but those whose names begin with a dot or an underscore. ValueError where the
+    folder is missing or may not be read."""
+    with readable(uri):
+        place = _s3(uri)
+        if place:
+            client, bucket, key = place
+            prefix = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
+            for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                for item in page.get("Contents", ()):
+                    if item["Key"].rpartition("/")[2][:1] not in ("", ".", "_"):
+                        yield Listed(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"], None)
+            return
+        folder = _local(uri)
+        if not folder.is_dir():
+            raise ValueError(f"no folder {uri!r}: create it, or correct the path")
+        for file in folder.rglob("*"):
+            if file.is_file() and file.name[0] not in "._":
+                found = file.stat()
+                changed = max(found.st_mtime, found.st_ctime)
+                stamp = f"{found.st_size}:{found.st_mtime_ns}"
+                yield Listed(str(file.absolute()), found.st_size, stamp, max(0.0, time.time() - changed))
 
 
 def content_id(uri: str) -> str:

@@ -4,12 +4,14 @@
 
 Input ``models`` (its facts hold the tokenizer's model). Tables ``prompts``, of them ``warmup`` and ``candidates``,
 ``heldout`` and ``quarantine``. The set need not fit in memory: rows go to a duckdb database in the temporary folder
-(TMPDIR), Python holds a batch at a time. Draws take the smallest salted hashes of the prompt ids, so they depend on the
-seed and on the prompts, not on their order.
+(TMPDIR), Python holds a batch at a time.
 
 Reasons of refusal: empty_prompt, too_long (in tokens, or a line beyond 8 MiB), undecodable, broken_line, malformed (a
 value of the wrong type), missing_field, no_template (the chat template refuses the conversation), duplicate,
 near_duplicate, in_heldout (a training row that is equal or near to a row of a held-out source).
+
+Of runs that follow each other (``after``) each takes new prompts only; where these are too few the stage ends without
+tables and with the fact ``waits``, and nothing counts as taken.
 """
 
 import os
@@ -24,9 +26,12 @@ from pydantic import Field
 from infra.models import ModelRef, load_tokenizer, local_folder
 from tasks import schemas
 from tasks.config.base import Config
-from tasks.config.prompts import PromptsConfig
+from tasks.config.prompts import JsonlSource, ParquetSource, PromptsConfig
 from tasks.dedupe import drop_exact, drop_near
+from tasks.draws import TooFew, count, draw
+from tasks.earlier import drop_taken, keep_heldout
 from tasks.intake import Intake, Measure
+from tasks.sources import identity
 from tasks.stage import Stage, main
 from tasks.verify import check_verifier
 
@@ -39,6 +44,17 @@ DATABASE: dict[str, Any] = {
 }
 # Sources of a run are few, but a ``source`` column may hold anything: so many are counted by name.
 COUNTED_SOURCES = 100
+
+
+class After(Config):
+    """What a run takes over from the runs before it."""
+
+    earlier: list[str] = Field(default_factory=list)
+    """Inputs: the prompts stages of earlier runs, in order. What they took is not taken again."""
+    renewal: float = Field(default=0.2, ge=0, le=1)
+    """Share of the last one's held-out prompts that is replaced by new ones."""
+    least: int = Field(ge=2)
+    """New prompts to learn from: fewer wait. Fewer than the queries lower these, the warm-up's by its share."""
 
 
 class PromptsSettings(Config):
@@ -62,58 +78,8 @@ class PromptsSettings(Config):
     """Arguments of the chat template."""
     chat_template: str | None = None
     """Chat template; the tokenizer's own where absent."""
-
-
-def count(db: duckdb.DuckDBPyConnection, query: str) -> int:
-    row = db.execute(query).fetchone()
-    assert row
-    return row[0]
-
-
-def draw(db: duckdb.DuckDBPyConnection, settings: PromptsSettings) -> None:
-    """Every usable row becomes part of ``prompts`` or ``heldout``, or stays ``unused``; ``warmup`` is drawn of the
-    prompts. ValueError where there are too few."""
-    config = settings.prompts
-    given = bool(config.heldout_sources)
-    db.execute("CREATE TABLE usable AS SELECT n, prompt_id, heldout FROM rows ANTI JOIN fate USING (n)")
-    learn, aside = (count(db, f"SELECT count(*) FROM usable WHERE heldout = {flag}") for flag in ("false", "true"))
-    if given and aside < config.heldout:
-        raise ValueError(
-            f"prompts.heldout: {config.heldout:,} asked for, but prompts.heldout_sources hold {aside:,} usable rows:"
-            f" lower it to {aside:,} at most"
-        )
-    left = learn - (0 if given else config.heldout)
-    if left < 1:
-        raise ValueError(
-            f"prompts.heldout: {config.heldout:,} held-out prompts leave none of {learn:,} usable rows to learn from:"
-            " lower it, or add data"
-        )
-    needed = max(settings.warmup, settings.queries)
-    if needed > left:
-        raise ValueError(
-            f"budget.queries: {needed:,} queries need as many prompts, but {left:,} are there: lower budget.queries to "
-            f"{left:,} at most, or add data"
-        )
-    db.execute(
-        "CREATE TABLE parts AS SELECT n, 'heldout' AS part FROM usable WHERE heldout = ?"
-        " ORDER BY sha256('heldout ' || ? || ' ' || prompt_id) LIMIT ?",
-        [given, str(settings.seed), config.heldout],
-    )
-    db.execute(
-        "INSERT INTO parts SELECT n, CASE WHEN heldout THEN 'unused' ELSE 'prompts' END"
-        " FROM usable ANTI JOIN parts USING (n)"
-    )
-    db.execute(
-        "CREATE TABLE warmup AS SELECT n FROM usable SEMI JOIN (FROM parts WHERE part = 'prompts') USING (n)"
-        " ORDER BY sha256('warmup ' || ? || ' ' || prompt_id) LIMIT ?",
-        [str(settings.seed), settings.warmup],
-    )
-    # A limit of NULL is none.
-    db.execute(
-        "CREATE TABLE candidates AS SELECT n FROM usable SEMI JOIN (FROM parts WHERE part = 'prompts') USING (n)"
-        " ANTI JOIN warmup USING (n) ORDER BY sha256('candidates ' || ? || ' ' || prompt_id) LIMIT ?",
-        [str(settings.seed), settings.candidates],
-    )
+    after: After | None = None
+    """For runs that follow each other; a run stands alone where absent."""
 
 
 def write(
@@ -206,6 +172,27 @@ def measure(stage: Stage[PromptsSettings]) -> Measure:
     return Measure(tokenizer, settings.prompts.max_prompt_tokens, settings.chat_template, settings.chat_template_args)
 
 
+def earlier(stage: Stage[PromptsSettings]) -> list[str]:
+    return stage.settings.after.earlier if stage.settings.after else []
+
+
+def continued(stage: Stage[PromptsSettings], intake: Intake) -> int:
+    """Enter the share of the last run's held-out prompts that stays; how many they are."""
+    after, names, heldout = stage.settings.after, earlier(stage), stage.settings.prompts.heldout
+    if not after or not names:
+        return 0
+    salt = f"renewal {stage.settings.seed} {len(names)}"
+    return keep_heldout(intake, stage.store, stage.input(names[-1]), heldout - round(after.renewal * heldout), salt)
+
+
+def check_unchanged(settings: PromptsSettings) -> None:
+    """ValueError where a file is not the one any more that the settings name."""
+    sources = [*settings.prompts.sources, *settings.prompts.heldout_sources]
+    for source, known in zip(sources, settings.identities, strict=False):
+        if isinstance(source, JsonlSource | ParquetSource) and identity(source) != known:
+            raise ValueError(f"{source.path!r} changed while the run began: run again")
+
+
 def run(stage: Stage[PromptsSettings]) -> None:
     config = stage.settings.prompts
     if config.verifier != "auto":
@@ -214,13 +201,29 @@ def run(stage: Stage[PromptsSettings]) -> None:
         database = {**DATABASE, "temp_directory": f"{folder}/spill"}
         with duckdb.connect(f"{folder}/rows.duckdb", config=database) as db:
             intake = Intake(db, config, measure(stage), lambda done, total: stage.progress(done, total, "rows"))
+            kept = continued(stage, intake)
             intake.read_all()
+            check_unchanged(stage.settings)
+            taken = drop_taken(db, stage.store, [stage.input(name) for name in earlier(stage)])
             drop_exact(db)
             if config.near_duplicates.enabled:
                 drop_near(db, config.near_duplicates.threshold)
-            draw(db, stage.settings)
-            write_all(stage, db)
-            stage.facts.update(facts(db))
+            try:
+                draw(
+                    db,
+                    config,
+                    seed=stage.settings.seed,
+                    warmup=stage.settings.warmup,
+                    queries=stage.settings.queries,
+                    candidates=stage.settings.candidates,
+                    kept=kept,
+                    least=stage.settings.after.least if stage.settings.after else None,
+                )
+                write_all(stage, db)
+                stage.facts.update(facts(db))
+                stage.facts["counts"] |= {"read": intake.done - kept, "taken_before": taken, "heldout_before": kept}
+            except TooFew as few:
+                stage.facts.update(waits=str(few), counts={"read": intake.done - kept, "taken_before": taken})
     stage.log.info("prompts: %s", stage.facts["counts"])
     stage.progress(intake.done, intake.done, "rows", last=True)
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from difflib import get_close_matches
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -27,6 +27,7 @@ from infra.files import content_id, file_size, find_files, open_file
 from tasks.child import Unanswered, ask
 from tasks.config.prompts import (
     HuggingFaceSource,
+    InboxSource,
     JsonlSource,
     ParquetSource,
     PromptSource,
@@ -35,6 +36,7 @@ from tasks.config.prompts import (
 )
 from tasks.forms import form_of
 from tasks.hub import dataset_commit, read_dataset
+from tasks.inbox import arrived, expand
 from tasks.rows import Mapper, Refused, Row, refuse
 
 # A longer line is refused; no more of it is held.
@@ -61,6 +63,8 @@ def read(source: PromptSource, verifier: str, limit: int | None = None) -> Rows:
     cannot be read, or where a named column is in none of its rows."""
     if isinstance(source, ReasoningGymSource):
         return islice(read_reasoning_gym(source, verifier), limit)
+    if isinstance(source, InboxSource):
+        return islice(chain.from_iterable(read(file, verifier) for file in whole(source)), limit)
     scope = f" of the first {limit:,}" if limit else ""
     limit = min((rows for rows in (limit, source.limit) if rows), default=None)
     if isinstance(source, JsonlSource):
@@ -81,10 +85,20 @@ def identity(source: PromptSource) -> str:
             return " ".join(content_id(file) for file in find_files(source.path, ".parquet"))
         case HuggingFaceSource():
             return dataset_commit(source)
+        case InboxSource():
+            return " ".join(map(identity, whole(source)))
+
+
+def whole(source: InboxSource) -> list[JsonlSource | ParquetSource]:
+    """An inbox's files as they are now, whoever took them before: a recurring run names its own instead."""
+    return expand(source, arrived(source, ())[0])
 
 
 def check(source: PromptSource) -> int | None:
     """Rows of the source, about; None where only reading tells. ValueError with field, value and fix."""
+    if isinstance(source, InboxSource):
+        # An empty one is as it should be.
+        return sum(check(file) or 0 for file in whole(source))
     if isinstance(source, ReasoningGymSource):
         for task in source.tasks:
             check_task(task, source.seed)
@@ -174,7 +188,7 @@ def lines(stream: BinaryIO, place: str) -> Iterator[tuple[int, bytes]]:
 
 
 def read_jsonl(source: JsonlSource, verifier: str, limit: int | None, scope: str) -> Rows:
-    name = re.sub(r"(\.jsonl?|\.ndjson)?(\.gz)?$", "", source.path.rpartition("/")[2])
+    name = source.task or re.sub(r"(\.jsonl?|\.ndjson)?(\.gz)?$", "", source.path.rpartition("/")[2])
     mapper = Mapper(f"{source.path!r}", name, source.fields, verifier)
     with open_file(source.path) as stream:
         for number, line in islice(lines(stream, source.path), limit):
@@ -204,7 +218,7 @@ def estimate_lines(path: str) -> int:
 
 
 def read_parquet(source: ParquetSource, verifier: str, limit: int | None, scope: str) -> Rows:
-    name = source.path.rstrip("/").rpartition("/")[2].removesuffix(".parquet")
+    name = source.task or source.path.rstrip("/").rpartition("/")[2].removesuffix(".parquet")
     mapper = Mapper(f"{source.path!r}", name, source.fields, verifier)
     yield from islice(
         (

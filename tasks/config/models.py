@@ -63,6 +63,20 @@ ModelSource = Annotated[
 ]
 
 
+class PromotedModel(Config):
+    """The student that is promoted when the run begins, under this run's name and root."""
+
+    type: Literal["promoted"] = "promoted"
+    first: ModelSource
+    """The model to start from while none is promoted yet."""
+
+
+StudentSource = Annotated[
+    HuggingFaceModel | GgufModel | PrunedModel | FreshModel | PromotedModel,
+    Field(discriminator="type"),
+]
+
+
 class Models(Config):
     """The three models of a run."""
 
@@ -70,7 +84,7 @@ class Models(Config):
     """Expensive and imperfect: annotates, and intervenes during stage 2."""
     assistant: ModelSource
     """The teaching assistant (TA): scores what student and teacher wrote. May be the teacher."""
-    student: ModelSource
+    student: StudentSource
     """The model that is trained."""
     chat_template: str | None = None
     """Jinja chat template for all three; the tokenizer's own where absent."""

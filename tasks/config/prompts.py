@@ -46,7 +46,7 @@ class Fields(Config):
     reference: str | None = None
     """Column of a full reference response."""
     source: str | None = None
-    """Column of the task name; the file's name where absent."""
+    """Column of the task name; the source's own where absent."""
 
     @model_validator(mode="after")
     def _usable(self) -> "Fields":
@@ -72,6 +72,8 @@ class JsonlSource(Config):
     """The file."""
     fields: Fields = Fields()
     """Its columns."""
+    task: str | None = None
+    """Task name of its rows; the file's name where absent."""
     limit: int | None = Field(default=None, ge=1)
     """Read only this many rows."""
 
@@ -84,6 +86,8 @@ class ParquetSource(Config):
     """The file or folder."""
     fields: Fields = Fields()
     """Its columns."""
+    task: str | None = None
+    """Task name of its rows; the file's name where absent."""
     limit: int | None = Field(default=None, ge=1)
     """Read only this many rows."""
 
@@ -106,8 +110,30 @@ class HuggingFaceSource(Config):
     """Read only this many rows."""
 
 
+class InboxSource(Config):
+    """A folder where files of prompts arrive; each run takes the prompts that no run before it took.
+
+    Files end with .jsonl, .ndjson, either of them with .gz, or .parquet; those whose names begin with a dot or an
+    underscore are left alone. A file that may still be being written waits for the next run: a local one that was
+    changed a moment ago, and any whose last line, gzip trailer or Parquet footer is not there yet. Objects on S3 appear
+    whole. A file may grow: what stood in it before is not taken again.
+    """
+
+    type: Literal["inbox"] = "inbox"
+    path: str = Field(min_length=1)
+    """The folder, or s3://bucket/prefix; files in folders below it count too."""
+    fields: Fields = Fields()
+    """Columns of its files."""
+    task: str | None = None
+    """Task name of its rows; the folder's name where absent."""
+    quiet_seconds: float = Field(default=60, ge=0)
+    """A local file waits until it has not been changed for so long."""
+    max_files: int | None = Field(default=None, ge=1)
+    """Files that one run takes at most, in the order of their names; the others wait."""
+
+
 PromptSource = Annotated[
-    ReasoningGymSource | JsonlSource | ParquetSource | HuggingFaceSource,
+    ReasoningGymSource | JsonlSource | ParquetSource | HuggingFaceSource | InboxSource,
     Field(discriminator="type"),
 ]
 

@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 from tasks.config.base import Config
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
 from tasks.config.methods import Sft
-from tasks.config.models import Engines, Models
-from tasks.config.prompts import PromptsConfig
+from tasks.config.models import Engines, Models, PromotedModel
+from tasks.config.prompts import InboxSource, PromptsConfig
+from tasks.config.recurring import Recurring
 from tasks.config.signals import Budget, Distributions, Sampling, Signals
 from tasks.config.train import TrainConfig
 
@@ -70,6 +71,8 @@ class RunConfig(Config):
     """Held-out measurement."""
     promote: PromoteConfig = PromoteConfig()
     """When the student is promoted."""
+    recurring: Recurring | None = None
+    """For runs that follow each other: new prompts only, replay, a budget by month. Absent: a run stands alone."""
     engines: Engines = Engines()
     """How models are served."""
     resources: Resources = Resources()
@@ -101,6 +104,7 @@ class RunConfig(Config):
                 f"signals.candidates {self.signals.candidates} are fewer than the {rest} queries after the warm-up:"
                 " raise it, or lower budget.queries"
             )
+        self._recurs()
         for role, sampling in (("teacher", self.sampling.teacher), ("student", self.sampling.student)):
             engine: Any = getattr(self.engines, role)
             if self.prompts.max_prompt_tokens + sampling.max_tokens > engine.max_model_len:
@@ -109,6 +113,19 @@ class RunConfig(Config):
                     f"{self.prompts.max_prompt_tokens} + sampling.{role}.max_tokens {sampling.max_tokens}: raise it"
                 )
         return self
+
+    def _recurs(self) -> None:
+        """What only makes sense in runs that follow each other, and what does not make sense in them."""
+        if any(isinstance(source, InboxSource) for source in self.prompts.heldout_sources):
+            raise ValueError(
+                "prompts.heldout_sources: an inbox gives prompts to learn from: leave it out, held-out prompts are set "
+                "aside of the sources"
+            )
+        if self.recurring is None:
+            if any(isinstance(source, InboxSource) for source in self.prompts.sources):
+                raise ValueError("prompts.sources: an inbox needs the section recurring: add it, {} will do")
+            if isinstance(self.models.student, PromotedModel):
+                raise ValueError("models.student: type promoted needs the section recurring: add it, {} will do")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

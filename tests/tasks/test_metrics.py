@@ -12,8 +12,7 @@ EVALUATE = EvaluateConfig(bootstrap=200)
 
 
 def tables(evaluations, losses=()):
-    """(label, problem, source, index, correct, rouge[, tokens, finish reason]) and (label, problem, source, loss, tokens)
-    as tables."""
+    """(label, problem, source, index, correct, rouge[, tokens, ends]) and (label, problem, source, loss, tokens)."""
     wide = pa.schema([schemas.EVALUATION.field(name) for name in EVALUATION_COLUMNS])
     narrow = pa.schema([schemas.RESPONSE_LOSS.field(name) for name in LOSS_COLUMNS])
     return (

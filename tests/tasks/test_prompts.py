@@ -2,11 +2,13 @@ import json
 import random
 import sys
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from infra.files import content_id
 from infra.manifest import Manifest, commit_manifest, load_manifest, read_rows
 from infra.models import ModelRef
 from infra.store import open_store
@@ -62,14 +64,18 @@ class Runs:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return {"type": "jsonl", "path": str(path)}
 
-    def spec(self, *sources, warmup=2, seed=0, candidates=None, **settings):
+    def spec(self, *sources, warmup=2, seed=0, candidates=None, queries=1, after=None, identities=(), **settings):
         near = {"enabled": False} | settings.pop("near_duplicates", {})
         config = {"sources": list(sources), "heldout": 3, "near_duplicates": near, **settings}
+        draws = {"warmup": warmup, "seed": seed, "candidates": candidates, "queries": queries}
+        if after is not None:
+            draws["after"] = {"least": 2, "earlier": [f"earlier-{n}" for n in range(len(after))]}
+        earlier = {f"earlier-{n}": stage.spec.manifest_path for n, stage in enumerate(after or ())}
         return StageSpec(
             stage="prompts",
             module="tasks.prompts",
-            settings={"prompts": config, "warmup": warmup, "seed": seed, "candidates": candidates},
-            inputs={"models": self.models.path},
+            settings={"prompts": config, "identities": list(identities), **draws},
+            inputs={"models": self.models.path, **earlier},
             root=str(self.root),
         )
 
@@ -120,6 +126,72 @@ def test_draws_follow_the_seed_and_not_the_order(runs):
     for table in ("heldout", "warmup", "candidates"):
         assert set(runs.ids(first, table)) == set(runs.ids(turned, table))
         assert set(runs.ids(first, table)) != set(runs.ids(other, table))
+
+
+def test_a_later_run_takes_only_what_no_run_took(runs):
+    first = runs(runs.file("a.jsonl", problems(20)), after=[], heldout=10)
+    # The file grew, and another one repeats it in part.
+    sources = [runs.file("a.jsonl", problems(30)), runs.file("b.jsonl", problems(25, start=10))]
+    second = runs(*sources, after=[first], heldout=10)
+    old = {*runs.ids(first, "prompts"), *runs.ids(first, "heldout")}
+    fresh = {*runs.ids(second, "prompts"), *runs.ids(second, "heldout")} - set(runs.ids(first, "heldout"))
+    assert len(old) == 20
+    assert len(fresh) == 15
+    assert not fresh & old
+    counts = second.facts["counts"]
+    assert (counts["read"], counts["taken_before"], counts["reasons"]) == (55, 30, {"duplicate": 10})
+
+
+def test_a_share_of_the_held_out_prompts_is_renewed(runs):
+    stages = []
+    for week in range(4):
+        stages.append(runs(runs.file(f"{week}.jsonl", problems(20, start=20 * week)), after=stages, heldout=10))
+    heldout = [set(runs.ids(stage, "heldout")) for stage in stages]
+    assert [len(ids) for ids in heldout] == [10] * 4
+    assert [len(before & after) for before, after in pairwise(heldout)] == [8] * 3
+    assert [stage.facts["counts"]["heldout_before"] for stage in stages] == [0, 8, 8, 8]
+    # What was ever held out is never learnt from.
+    learnt = {name for stage in stages for name in runs.ids(stage, "prompts")}
+    assert not learnt & set.union(*heldout)
+
+
+def test_held_out_rows_are_renewed_whole_and_near_to_none(runs):
+    first = runs(runs.file("a.jsonl", problems(8)), after=[], heldout=5, system="Be brief.")
+    kept = {row["prompt_id"]: row for row in runs.rows(first, "heldout")}
+    text = [row["messages"][-1]["content"] for row in kept.values()]
+    twins = [{"prompt": said.replace("What is", "Well then, what is")} for said in text]
+    near = {"enabled": True, "threshold": 0.3}
+    new = [{"prompt": f"Name {n} {word}s of {word}land"} for n, word in enumerate("abcdefgh")]
+    second = runs(runs.file("b.jsonl", [*twins, *new]), after=[first], heldout=5, near_duplicates=near)
+    again = [row for row in runs.rows(second, "heldout") if row["prompt_id"] in kept]
+    assert len(again) == 4
+    assert all(row == kept[row["prompt_id"]] for row in again)
+    assert second.facts["counts"]["reasons"]["in_heldout"] >= 4
+
+
+def test_too_few_new_prompts_wait_and_are_taken_later(runs):
+    first = runs(runs.file("a.jsonl", problems(20)), after=[], heldout=10)
+    waits = runs(runs.file("b.jsonl", problems(3, start=20)), after=[first], heldout=10)
+    assert waits.facts["waits"] == "3 new prompts, 2 of them to hold out"
+    assert not waits.manifest.tables
+    later = runs(runs.file("c.jsonl", problems(6, start=20)), after=[first], heldout=10)
+    assert len(runs.ids(later, "prompts")) == 4
+
+
+def test_fewer_prompts_than_queries_lower_the_warm_up(runs):
+    stage = runs(runs.file("a.jsonl", problems(23)), after=[], heldout=3, warmup=20, queries=100)
+    assert (len(runs.ids(stage, "warmup")), len(runs.ids(stage, "candidates"))) == (4, 16)
+    with pytest.raises(ValueError, match="100 queries need as many prompts"):
+        runs(runs.file("a.jsonl", problems(23)), heldout=3, warmup=20, queries=100)
+
+
+def test_a_file_that_changed_since_it_was_named_is_not_taken(runs):
+    source = runs.file("a.jsonl", problems(20))
+    named = content_id(source["path"])
+    runs(source, identities=[named])
+    runs.file("a.jsonl", problems(21))
+    with pytest.raises(ValueError, match="changed while the run began"):
+        runs(source, identities=[named], seed=1)
 
 
 def test_refusals(runs):

@@ -1,0 +1,96 @@
+"""The ledger of runs that follow each other: which prompts each took, what it may ask of the teacher, what it kept.
+
+``recurring/<name>.json`` holds all cycles of a pipeline, and changes by ``swap`` only. A cycle is opened with its files
+and its queries set aside in one change, so no two runs take the same file, and a month's queries are never exceeded. It
+stays open until its run has ended well: a run that was killed or cancelled is continued by the next one, with the same
+files and queries. Its prompts count as taken once the prompts stage is complete.
+"""
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from infra.store import Store
+from tasks.inbox import InboxFile
+
+
+class Cycle(BaseModel):
+    """One run, and its continuations."""
+
+    number: int
+    opened: datetime
+    files: dict[int, list[InboxFile]] = Field(default_factory=dict)  # by position of the inbox among the sources
+    queries: int  # set aside for it, then what it was charged
+    state: Literal["open", "done", "waited"] = "open"  # waited: too few prompts, nothing was taken
+    prompts: str | None = None  # manifest of the prompts stage: from then on its prompts are taken
+    kept: list[str] = Field(default_factory=list)  # manifests of the rows it kept
+    run: str = ""
+
+    @property
+    def month(self) -> str:
+        return f"{self.opened:%Y-%m}"
+
+    @property
+    def all_files(self) -> list[InboxFile]:
+        return [file for files in self.files.values() for file in files]
+
+
+class Ledger(BaseModel):
+    """All cycles, in order."""
+
+    format: Literal[1] = 1
+    cycles: list[Cycle] = Field(default_factory=list)
+
+    @property
+    def last(self) -> Cycle | None:
+        return self.cycles[-1] if self.cycles else None
+
+    @property
+    def done(self) -> list[Cycle]:
+        return [cycle for cycle in self.cycles if cycle.state == "done"]
+
+    @property
+    def taken(self) -> list[InboxFile]:
+        return [file for cycle in self.done for file in cycle.all_files]
+
+    def charged(self, month: str) -> int:
+        """Queries of a month, those set aside by a run that goes on included."""
+        return sum(cycle.queries for cycle in self.cycles if cycle.month == month)
+
+    def with_last(self, cycle: Cycle) -> "Ledger":
+        """The ledger with this cycle as it is now, or as a new one."""
+        return Ledger(cycles=[*(known for known in self.cycles if known.number != cycle.number), cycle])
+
+
+def ledger_path(name: str) -> str:
+    return f"recurring/{name}.json"
+
+
+def read_ledger(store: Store, name: str) -> tuple[Ledger, bytes | None]:
+    """The ledger and the bytes it was read from; an empty one before the first run."""
+    try:
+        data = store.read(ledger_path(name))
+    except FileNotFoundError:
+        return Ledger(), None
+    return Ledger.model_validate_json(data), data
+
+
+def change(store: Store, name: str, step: Callable[[Ledger], Cycle]) -> Cycle:
+    """Enter the cycle that ``step`` makes of the ledger; where another writer comes first, of what it left."""
+    while True:
+        ledger, data = read_ledger(store, name)
+        cycle = step(ledger)
+        if store.swap(ledger_path(name), data, ledger.with_last(cycle).model_dump_json(indent=1).encode()):
+            return cycle
+
+
+def update(store: Store, name: str, number: int, **fields: object) -> Cycle:
+    """Note down what became of a cycle."""
+
+    def step(ledger: Ledger) -> Cycle:
+        known = next(cycle for cycle in ledger.cycles if cycle.number == number)
+        return Cycle.model_validate({**known.model_dump(), **fields})
+
+    return change(store, name, step)
