@@ -11,6 +11,8 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
 
 from flows.record import RunRecord, place
 from infra.store import Store
@@ -18,6 +20,12 @@ from tasks.accounts import costs, funnel
 
 UPDATE_SECONDS = 2.0
 LABELS = ("promoted", "base", "warmup", "final", "teacher")
+
+
+def name_run(name: str) -> None:
+    """Name this flow run by what it turned out to do."""
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(flow_run.id, name=name)
 
 
 class StageProgress:

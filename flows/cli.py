@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -20,9 +20,6 @@ from flows.keeper import Json, Root, UserError, console, keeper
 from flows.local import Local, running_local
 from infra.store import open_store
 from tasks.config import RunConfig, load_config
-
-if TYPE_CHECKING:
-    from flows.record import RunRecord
 
 app = typer.Typer(
     help="Distil a large language model into a small one.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -99,20 +96,16 @@ def run(
             plan = plan_run(settings, root)
         if plan.problems:
             raise UserError(plan.problems)
+        if from_ and settings.recurring:
+            raise UserError(["--from: a recurring run goes on or begins anew: leave it out"])
         if from_ and from_ not in plan.names:
             raise UserError([f"--from: {from_!r} is no stage; stages are {', '.join(plan.names)}"])
         with console.status("starting Prefect's server"):
             ready()
-        from flows.distill import distill
-        from flows.record import outcome
-
         settings = on_running_cluster(settings)
         with terminal():
-            state = distill(settings, root, from_, return_state=True)
-        record = ended(state, settings, root)
-    if record.refused:
-        raise UserError([record.message])
-    result = outcome(record, open_store(root))
+            state = start_flow(settings, root, from_)
+        result = ended(state, settings, root)
     show_result(result)
     if json_:
         print(json.dumps(result), flush=True)
@@ -120,6 +113,17 @@ def run(
         raise typer.Abort
     if result["state"] != "Completed":
         raise typer.Exit(1)
+
+
+def start_flow(settings: RunConfig, root: str, from_: str | None) -> Any:
+    """Run the flow that the settings ask for, to its final state."""
+    if settings.recurring:
+        from flows.recurring import distill_recurring
+
+        return distill_recurring(settings, root, return_state=True)
+    from flows.distill import distill
+
+    return distill(settings, root, from_, return_state=True)
 
 
 def on_running_cluster(settings: RunConfig) -> RunConfig:
@@ -131,18 +135,25 @@ def on_running_cluster(settings: RunConfig) -> RunConfig:
     return settings.model_copy(update={"resources": resources})
 
 
-def ended(state: Any, settings: RunConfig, root: str) -> "RunRecord":
-    """The record of a flow run that ended, well or not."""
-    from flows.record import load_record, run_id
+def ended(state: Any, settings: RunConfig, root: str) -> dict[str, Any]:
+    """The facts of a flow run that ended, well or not. UserError where a stage found a mistake of the user's."""
+    from flows.record import load_record, outcome, run_id
+    from flows.recurring import last_record
 
-    record = load_record(open_store(root), run_id(settings))
+    store = open_store(root)
+    if settings.recurring and state.is_completed():
+        done: dict[str, Any] = state.result()
+        return done
+    record = last_record(store, settings.name) if settings.recurring else load_record(store, run_id(settings))
     if record is None or (record.state == "Completed" and not state.is_completed()):
         # It ended before its first stage, or after its last one.
         raise RuntimeError(state.message)
     if record.state == "Running":
         # The fault that ended it kept its record from being written, too.
         record.state, record.message = "Failed", state.message
-    return record
+    if record.refused:
+        raise UserError([record.message])
+    return outcome(record, store)
 
 
 def show_result(result: dict[str, Any]) -> None:
@@ -153,6 +164,9 @@ def show_result(result: dict[str, Any]) -> None:
     if result["state"] != "Completed":
         if result["message"]:
             console.print(f"[red]{result['state']}[/]: {result['message']}", highlight=False)
+        return
+    if result["report"] is None:
+        console.print(result["message"], highlight=False, soft_wrap=True)
         return
     print_gate(result)
     console.print(f"report   {result['report']}", highlight=False, soft_wrap=True)
@@ -188,7 +202,7 @@ def plan(
         found = plan_run(settings, root)
         console.print(plan_table(found))
         facts = found.facts()
-        if deep and not found.problems:
+        if deep and not found.problems and not found.nothing:
             ready()
             facts["parity"] = deep_parity(settings, root)
     if json_:

@@ -9,10 +9,12 @@ from typing import Any
 from prefect import flow
 from prefect.states import Cancelled, Failed
 
-from flows.distill import identities, prepare
+from flows.cycle import Start, look
+from flows.distill import prepare
 from flows.runner import Runner, StageCancelled, StageFailed
 from flows.story import on_gpu
 from infra.manifest import load_manifest
+from infra.store import open_store
 from tasks.config import RunConfig
 
 
@@ -20,17 +22,19 @@ from tasks.config import RunConfig
 def deep_check(config: RunConfig, root: str) -> Any:
     """The largest and mean difference of log-probabilities for teacher and student, by role."""
     try:
-        with Runner.open(config, root, suffix="-deep") as runner:
-            return look(runner, config)
+        start = look(config, open_store(root))
+        with Runner.open(start.config, root, run=f"{start.run}-deep") as runner:
+            return compare(runner, start)
     except StageCancelled as cancelled:
         return Cancelled(message=str(cancelled))
     except StageFailed as failed:
         return Failed(message=str(failed))
 
 
-def look(runner: Runner, config: RunConfig) -> dict[str, Any]:
+def compare(runner: Runner, start: Start) -> dict[str, Any]:
+    config = start.config
     plain, sequences = config.model_dump(mode="json"), config.train.parity.sequences
-    models, prompts = prepare(runner, identities(config))
+    models, prompts = prepare(runner, start.found)
     samples = {
         role: runner.stage(
             f"deep-{role}",

@@ -11,29 +11,25 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.states import Cancelled, Failed
 
+from flows.cycle import identities
 from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed
 from flows.story import Pipeline
 from infra.faults import fault_of
 from tasks.config import RunConfig
-from tasks.models import ROLES, identity
 from tasks.promoted import Promotion
-from tasks.sources import identity as source_identity
-
-
-def identities(config: RunConfig) -> dict[str, Any]:
-    """What models and sources hold now. Read once, before the story: it decides what is done already."""
-    sources = [*config.prompts.sources, *config.prompts.heldout_sources]
-    return {
-        "models": {role: identity(getattr(config.models, role)) for role in ROLES},
-        "sources": [source_identity(source) for source in sources],
-    }
 
 
 def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
-    """Models and prompts, which everything else starts from."""
-    config, stage = pipeline.config, pipeline.stage
+    """Models and prompts, which everything else starts from. Of runs that follow each other each takes new prompts."""
+    config, stage, after = pipeline.config, pipeline.stage, found["after"]
     plain = config.model_dump(mode="json")
     models = stage("models", "tasks.models", {"models": plain["models"], "identities": found["models"]})
+    earlier = {f"earlier-{number}": path for number, path in enumerate(after["earlier"], 1)} if after else {}
+    follows = config.recurring and {
+        "earlier": list(earlier),
+        "renewal": config.recurring.heldout_renewal,
+        "least": config.recurring.min_prompts,
+    }
     prompts = stage(
         "prompts",
         "tasks.prompts",
@@ -45,8 +41,10 @@ def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
             "queries": config.budget.queries,
             "candidates": config.signals.candidates,
             "chat_template_args": config.models.chat_template_args,
+            "after": follows,
         },
         models=models,
+        **earlier,
     )
     return models, prompts
 
@@ -58,6 +56,9 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     budget, shard_size = config.budget, config.sampling.shard_size
     template_args, compares = config.models.chat_template_args, config.train.method.compares
     shared = {"shard_size": shard_size, "template_args": template_args}
+    rival: Promotion | None = found["promoted"]
+    # A warm start: the student that learns is the promoted one, and so is what it is compared with.
+    warm = {"promoted": rival.manifest} if rival and found["warm"] else {}
 
     def annotate(name: str, table: str, prompts: str) -> str:
         """The teacher answers."""
@@ -82,9 +83,16 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     warmup = stage(
         "warmup-train",
         "tasks.train",
-        {"train": plain["warmup"], "seed": config.seed, "rows": ["warmup-keep"], "stage_name": "warmup"},
+        {
+            "train": plain["warmup"],
+            "seed": config.seed,
+            "student_input": "promoted" if warm else "models",
+            "rows": ["warmup-keep"],
+            "stage_name": "warmup",
+        },
         models=models,
         warmup_keep=warmup_kept,
+        **warm,
     )
 
     # Signals: where the student contradicts itself, and where the TA doubts it, the teacher is worth asking.
@@ -124,6 +132,21 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     samples = annotate("annotate", "selected", selected)
     kept = keep("keep", "selected", selected, samples)
 
+    # Replay: rows that earlier runs kept, so that the student does not forget them.
+    replayed = {}
+    if config.recurring and found["after"]["kept"] and config.recurring.replay_share:
+        earlier = {f"earlier-{number}": path for number, path in enumerate(found["after"]["kept"], 1)}
+        settings = {
+            "share": config.recurring.replay_share,
+            "draw": found["after"]["number"],
+            "seed": config.seed,
+            "earlier": list(earlier),
+            "rows": ["warmup-keep", "keep"],
+            "stored": compares and config.train.method.annotated == "stored",
+        }
+        inputs = {"models": models, "warmup_keep": warmup_kept, "keep": kept, **earlier}
+        replayed = {"replay": stage("replay", "tasks.replay", settings, **inputs)}
+
     # Train: SWITCH on the student's own sequences, mixed with everything kept.
     final = stage(
         "train",
@@ -133,7 +156,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "seed": config.seed,
             "student_input": "warmup-train",
             "samples": {"teacher": "annotate", "student": "student-sample"} if compares else {},
-            "rows": ["warmup-keep", "keep"],
+            "rows": ["warmup-keep", "keep", *replayed],
             "stage_name": "train",
             "online_teacher_tokens": budget.online_teacher_tokens,
         },
@@ -141,28 +164,27 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         warmup_train=warmup,
         warmup_keep=warmup_kept,
         keep=kept,
+        **replayed,
         **({"annotate": samples, "student_sample": student_samples} if compares else {}),
     )
 
     # Evaluate: base and teacher once and for all; warmed-up and final student with every change. The promoted student
     # too, on the same rows: a new one has to beat it.
-    rival: Promotion | None = found["promoted"]
     entries = [
         {"label": "warmup", "engine": "student", "weights": "warmup-train"},
         {"label": "final", "engine": "student", "weights": "train"},
     ]
-    if rival:
+    base = {"label": "base", "engine": "student", **({"weights": "promoted"} if warm else {})}
+    if rival and not warm:
         entries.append({"label": "promoted", "engine": "student", "weights": "promoted"})
     measure = {"evaluate": plain["evaluate"], "seed": config.seed, **shared}
     before = stage(
         "evaluate-before",
         "tasks.evaluate",
-        {
-            **measure,
-            "entries": [{"label": "teacher", "engine": "teacher"}, {"label": "base", "engine": "student"}],
-        },
+        {**measure, "entries": [{"label": "teacher", "engine": "teacher"}, base]},
         models=models,
         prompts=prompts,
+        **warm,
     )
     after = stage(
         "evaluate-after",
@@ -177,7 +199,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         evaluate_before=before,
         warmup_train=warmup,
         train=final,
-        **({"promoted": rival.manifest} if rival else {}),
+        **({"promoted": rival.manifest} if rival and not warm else {}),
     )
 
     # Report and promote.
@@ -190,7 +212,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "config": config.model_dump(mode="json", exclude={"resources", "engines", "device"}),
             "evaluate": plain["evaluate"],
             "promote": plain["promote"],
-            "rival": {"label": "promoted", "fingerprint": rival.fingerprint} if rival else None,
+            "rival": rival and {"label": "base" if warm else "promoted", "fingerprint": rival.fingerprint},
             "budget": plain["budget"],
         },
         models=models,
@@ -205,6 +227,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         train=final,
         evaluate_before=before,
         evaluate_after=after,
+        **replayed,
     )
 
 
@@ -213,7 +236,7 @@ def distill(config: RunConfig, root: str = "runs/default", redo_from: str | None
     """Distil the teacher into the student: prompts in, a promoted student and its report out."""
     try:
         with Runner.open(config, root, redo_from) as runner:
-            found = {**identities(config), "promoted": runner.record.promoted}
+            found = {**identities(config, {}), "promoted": runner.record.promoted}
             try:
                 story(runner, found)
             except StageDamaged as damaged:

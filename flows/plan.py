@@ -3,9 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flows.distill import identities, story
+from flows.cycle import NothingToDo, look
+from flows.distill import story
 from flows.estimate import Estimate, estimate
-from flows.preflight import preflight, readable
+from flows.preflight import preflight, readable, sources_readable
 from flows.record import load_record, rival_of, run_id
 from flows.story import Pipeline
 from infra.store import open_store
@@ -34,6 +35,7 @@ class Plan:
     stages: list[PlannedStage] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     teacher_queries: int = 0
+    nothing: str = ""  # why a recurring run would end at once
     memory_gib: float = 0.0
     disk_gib: float = 0.0
 
@@ -49,6 +51,8 @@ class Plan:
     def summary(self) -> str:
         from flows.tables import duration
 
+        if self.nothing:
+            return self.nothing
         left = sum(not stage.done for stage in self.stages)
         return (
             f"{left} of {len(self.stages)} stages to do, about {duration(self.seconds)}; "
@@ -74,16 +78,25 @@ class Planner(Pipeline):
 
 def plan_run(config: RunConfig, root: str) -> Plan:
     """The plan, with every problem that can be known before anything starts."""
-    run = run_id(config)
-    plan = Plan(run=run, root=root)
+    plan = Plan(run=run_id(config), root=root)
     plan.problems = readable(config, root)
     if plan.problems:
         # Without models, sources and store there is nothing to look at further.
         return plan
-    known = load_record(open_store(root), run)
-    planner = Planner(config, root, run, known.redo if known else {})
-    rival = rival_of(planner.store, config, known)
-    story(planner, {**identities(config), "promoted": rival})
+    store = open_store(root)
+    try:
+        start = look(config, store)
+    except NothingToDo as nothing:
+        plan.nothing = str(nothing)
+        return plan
+    config, plan.run = start.config, start.run
+    if start.cycle and not start.cycle.prompts:
+        plan.problems = sources_readable(config)
+        if plan.problems:
+            return plan
+    known = load_record(store, start.run)
+    planner = Planner(config, root, start.run, known.redo if known else {})
+    story(planner, {**start.found, "promoted": rival_of(store, config, known)})
     needs: Estimate = estimate(config)
     for spec in planner.specs:
         cost = needs.stages.get(spec.stage)

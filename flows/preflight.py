@@ -3,6 +3,7 @@
 import os
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,11 @@ from pydantic import ValidationError
 
 from flows.estimate import GIB, Estimate
 from flows.story import on_gpu
+from infra.files import list_files
 from infra.store import open_store
 from tasks.config import RunConfig
 from tasks.config.models import GgufModel, HuggingFaceModel, ModelSource, PrunedModel
-from tasks.config.prompts import ReasoningGymSource
+from tasks.config.prompts import InboxSource, ReasoningGymSource
 from tasks.models import ROLES, identity
 from tasks.sources import check as check_source
 from tasks.verify import check_verifier
@@ -36,12 +38,24 @@ def readable(config: RunConfig, root: str) -> list[str]:
     found = problem("--root", partial(writable, root))
     for role in ROLES:
         found += problem(f"models.{role}", partial(identity, getattr(config.models, role)))
-    for kind in ("sources", "heldout_sources"):
-        for number, source in enumerate(getattr(config.prompts, kind)):
-            found += problem(f"prompts.{kind}.{number}", partial(check_source, source))
+    found += sources_readable(config)
     if config.prompts.verifier != "auto":
         found += problem("prompts.verifier", partial(check_verifier, config.prompts.verifier))
     return list(dict.fromkeys(found))
+
+
+def sources_readable(config: RunConfig) -> list[str]:
+    found = []
+    for kind in ("sources", "heldout_sources"):
+        for number, source in enumerate(getattr(config.prompts, kind)):
+            check = partial(list_inbox if isinstance(source, InboxSource) else check_source, source)
+            found += problem(f"prompts.{kind}.{number}", check)
+    return found
+
+
+def list_inbox(source: InboxSource) -> None:
+    """ValueError where it cannot be listed. An empty one is as it should be."""
+    deque(list_files(source.path), maxlen=0)
 
 
 def writable(root: str) -> None:
@@ -74,7 +88,7 @@ def enough(config: RunConfig) -> list[str]:
     sources = config.prompts.sources
     generated = [task.size for source in sources if isinstance(source, ReasoningGymSource) for task in source.tasks]
     aside = 0 if config.prompts.heldout_sources else config.prompts.heldout
-    if all(isinstance(source, ReasoningGymSource) for source in sources):
+    if config.recurring is None and all(isinstance(source, ReasoningGymSource) for source in sources):
         left = sum(generated) - aside
         if config.budget.queries > left:
             return [

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
@@ -21,6 +21,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.artifacts import StageProgress, publish
+from flows.cycle import NothingToDo
 from flows.display import display
 from flows.record import RunRecord, StageRecord, load_record, outcome, rival_of, run_id
 from flows.story import Pipeline
@@ -66,9 +67,9 @@ class Runner(Pipeline):
         self._closed = threading.Event()
 
     @classmethod
-    def open(cls, config: RunConfig, root: str, redo_from: str | None = None, suffix: str = "") -> "Runner":
-        """The run of these settings, new or continued; a ``suffix`` names another run of the same settings."""
-        store, run = open_store(root), run_id(config) + suffix
+    def open(cls, config: RunConfig, root: str, redo_from: str | None = None, run: str = "") -> Self:
+        """The run of these settings, new or continued; ``run`` names another run of the same settings."""
+        store, run = open_store(root), run or run_id(config)
         known = load_record(store, run)
         redo = dict(known.redo) if known else {}
         if redo_from:
@@ -85,14 +86,15 @@ class Runner(Pipeline):
         record.save(store)
         return cls(config, root, record)
 
-    def __enter__(self) -> "Runner":
+    def __enter__(self) -> Self:
         threading.Thread(target=self._renew_lease, daemon=True, name="lease").start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._closed.set()
         cancelled = isinstance(error, StageCancelled | KeyboardInterrupt | SystemExit)
-        self.record.state = "Completed" if error is None else "Cancelled" if cancelled else "Failed"
+        well = error is None or isinstance(error, NothingToDo)
+        self.record.state = "Completed" if well else "Cancelled" if cancelled else "Failed"
         self.record.message = "" if error is None else " ".join(str(error).split())[:1000]
         self.record.refused = isinstance(error, StageRefused)
         self.record.seconds = time.monotonic() - self.began

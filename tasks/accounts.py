@@ -18,6 +18,7 @@ STAGES = {
     "select": "TA scores the student, queries are chosen",
     "annotate": "Teacher annotates what was chosen",
     "keep": "TA scores these annotations",
+    "replay": "Rows of earlier runs drawn for replay",
     "train": "Stage 2: training",
     "evaluate-before": "Base student and teacher evaluated",
     "evaluate-after": "Trained students evaluated",

@@ -1,5 +1,6 @@
 """A stage's access to engines: the run's engine room where there is one, its own engines where it runs alone."""
 
+import json
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,8 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from infra.engine import EngineSpec
 from infra.engine_room import ROOM, open_room
-from infra.models import ModelRef
+from infra.models import ModelRef, local_folder
+from infra.store import Store
 from tasks.calls import Call
 from tasks.connection import connected
 from tasks.isolate import EngineLost, isolate
@@ -26,6 +28,9 @@ ROOM_SECONDS = 300.0
 SHARD_TRIES = 2
 # How often engines are looked after while their results are waited for.
 WATCH_SECONDS = 5.0
+# What of a model's configuration decides whether weights fit.
+SHAPE = ("architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPE += ("num_key_value_heads", "head_dim", "tie_word_embeddings")
 
 
 class EnginePool:
@@ -186,6 +191,19 @@ def engines(stage: Stage[Any]) -> Iterator[EngineAccess]:
     """Engines for the time of one stage."""
     with connected(stage.spec.runtime):
         yield EngineAccess(stage)
+
+
+def served_by(store: Store, base: ModelRef, model: ModelRef) -> ModelRef:
+    """The model whose engine serves these weights: ``base``, or their own where they are of another architecture."""
+    if model.revision == base.revision:
+        return base
+
+    def architecture(of: ModelRef) -> dict[str, Any]:
+        config = json.loads((local_folder(store, of, weights=False) / "config.json").read_text())
+        config |= config.get("text_config", {})
+        return {name: config.get(name) for name in SHAPE}
+
+    return base if architecture(base) == architecture(model) else model
 
 
 def model_of(stage: Stage[Any], input_name: str, key: str) -> ModelRef:

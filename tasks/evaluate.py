@@ -3,7 +3,6 @@
 python -m tasks.evaluate --spec SPEC.json
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,17 +11,15 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from infra.manifest import read_part
-from infra.models import ModelRef, local_folder
-from infra.store import Store
+from infra.models import ModelRef
 from tasks import schemas
 from tasks.config.base import Config
 from tasks.config.evaluate import EvaluateConfig
-from tasks.engines import Call, EngineAccess, engines, model_of
+from tasks.engines import Call, EngineAccess, engines, model_of, served_by
 from tasks.sample import sample_seed, slices
 from tasks.stage import Stage, main
 from tasks.verify import final_answer, is_correct, rouge_l
 
-INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 REFERENCE = pa.schema([("prompt_id", pa.string()), ("reference", pa.string())])
 
 
@@ -78,11 +75,6 @@ class Evaluation:
     def model(self, entry: Entry) -> ModelRef:
         base = model_of(self.stage, "models", entry.engine)
         return model_of(self.stage, entry.weights, "student") if entry.weights else base
-
-    def served_by(self, entry: Entry) -> ModelRef:
-        """The model whose engine takes the entry's weights: its own where these are of another architecture."""
-        base, model = model_of(self.stage, "models", entry.engine), self.model(entry)
-        return base if architecture(self.stage.store, base) == architecture(self.stage.store, model) else model
 
     def number(self, entry: Entry, shard: int) -> int:
         return self.settings.entries.index(entry) * len(self.shards) + shard
@@ -180,12 +172,6 @@ class Evaluation:
         return pa.Table.from_pylist(rows, schema=schemas.EVALUATION)
 
 
-def architecture(store: Store, model: ModelRef) -> dict[str, Any]:
-    """A model's configuration without what names, dates or casts it: alike where weights fit."""
-    config = json.loads((local_folder(store, model, weights=False) / "config.json").read_text())
-    return {key: value for key, value in config.items() if key not in INCIDENTAL}
-
-
 def losses(label: str, prompts: list[dict[str, Any]], means: list[float], counts: list[int]) -> pa.Table:
     """Response losses as rows: the loss is the negative mean log-probability. What the engine died of has none."""
     table = pa.table(
@@ -211,8 +197,8 @@ def run(stage: Stage[EvaluateSettings]) -> None:
                 evaluation.perform(access, "teacher", teacher, evaluation.reference_calls(), "references")
             evaluation.load_references()
             for entry in stage.settings.entries:
-                served_by = evaluation.served_by(entry)
-                evaluation.perform(access, entry.engine, served_by, evaluation.entry_calls(entry), entry.label)
+                base = served_by(stage.store, model_of(stage, "models", entry.engine), evaluation.model(entry))
+                evaluation.perform(access, entry.engine, base, evaluation.entry_calls(entry), entry.label)
     if evaluation.makes_references:
         stage.close_table("references", REFERENCE)
     stage.close_table("evaluations", schemas.EVALUATION)

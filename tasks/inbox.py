@@ -56,6 +56,14 @@ def arrived(source: InboxSource, taken: Iterable[InboxFile]) -> tuple[list[Inbox
     return found, waiting
 
 
+def current(file: InboxFile) -> bool:
+    """Whether a file still holds what it held when it was named."""
+    try:
+        return content_id(file.path) == file.content
+    except ValueError:
+        return False
+
+
 def unfinished(source: InboxSource, file: Listed) -> str:
     """Why the file may still be being written; "" where it is whole."""
     if file.age is not None and file.age < source.quiet_seconds:

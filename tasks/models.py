@@ -20,7 +20,16 @@ from pydantic import Field
 
 from infra.models import ModelRef, load_model, load_tokenizer, local_folder
 from tasks.config.base import Config
-from tasks.config.models import FreshModel, GgufModel, HuggingFaceModel, Models, ModelSource, PrunedModel
+from tasks.config.models import (
+    FreshModel,
+    GgufModel,
+    HuggingFaceModel,
+    Models,
+    ModelSource,
+    PromotedModel,
+    PrunedModel,
+    StudentSource,
+)
 from tasks.stage import Stage, main
 
 ROLES = ("teacher", "assistant", "student")
@@ -80,10 +89,12 @@ def hub_commit(source: HuggingFaceModel) -> str:
         return Path(cached).name
 
 
-def identity(source: ModelSource) -> str:
+def identity(source: StudentSource) -> str:
     """What a source holds now, import-light; also the check that it can be read. ValueError with the fix."""
     if isinstance(source, GgufModel):
         return folder_hash([gguf_path(source)])
+    if isinstance(source, PromotedModel):
+        return identity(source.first)
     if isinstance(source, PrunedModel):
         return f"prune:{identity(source.of)}"
     if isinstance(source, FreshModel):

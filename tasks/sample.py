@@ -19,7 +19,7 @@ from tasks import schemas
 from tasks.config.base import Config
 from tasks.config.signals import Distributions, SampledTokens, Sampling, TopTokens
 from tasks.connection import connected
-from tasks.engines import Call, engines, model_of
+from tasks.engines import Call, engines, model_of, served_by
 from tasks.quarantine import answered, close
 from tasks.stage import Stage, main
 
@@ -178,8 +178,9 @@ def run(stage: Stage[SampleSettings]) -> None:
 
     stage.progress(prompts_done, total, "prompts")
     if prompts_done < total:
+        server = served_by(stage.store, base, model)
         with engines(stage) as access:
-            for (shard, prompt_ids), answers in access.pool(settings.engine, base).map(calls()):
+            for (shard, prompt_ids), answers in access.pool(settings.engine, server).map(calls()):
                 answers = answered(stage, shard, answers, prompt_ids)
                 rows = sample_rows(answers, prompt_ids, model, settings)
                 if top:

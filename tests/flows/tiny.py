@@ -78,6 +78,16 @@ def settings(folder: Path) -> dict[str, Any]:
     }
 
 
+def recurring(folder: Path, inbox: Path, **changes: Any) -> dict[str, Any]:
+    """The same for runs that follow each other on what comes into ``inbox``."""
+    data = settings(folder)
+    fields = {"prompt": "prompt", "answer": "answer"}
+    data["prompts"]["sources"] = [{"type": "inbox", "path": str(inbox), "quiet_seconds": 0, "fields": fields}]
+    data["models"]["student"] = {"type": "promoted", "first": data["models"]["student"]}
+    data["recurring"] = {"min_prompts": 8, "heldout_renewal": 0.5, **changes}
+    return data
+
+
 def write_config(folder: Path) -> Path:
     """Models and settings below ``folder``; returns the settings file."""
     save_model(folder / "teacher", seed=1)

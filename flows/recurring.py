@@ -1,0 +1,101 @@
+"""Distillation on a schedule: the same story, begun with new prompts, the promoted student, and what is left to spend.
+
+    switchyard run configs/recurring.yaml --root runs/weekly
+
+Each run is a cycle of the ledger (``tasks/ledger.py``). One that was killed, cancelled or failed is continued by the
+next run; with nothing to do the run ends as completed, and says so.
+"""
+
+from typing import Any
+
+from prefect import flow
+from prefect.states import Cancelled, Completed, Failed
+
+from flows.artifacts import name_run
+from flows.cycle import NothingToDo, Start, begin
+from flows.distill import story
+from flows.record import RunRecord, load_record
+from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed
+from infra.manifest import load_manifest
+from infra.store import Store, open_store
+from tasks.config import RunConfig
+from tasks.ledger import read_ledger, update
+from tasks.stage import StageSpec
+
+
+class CycleRunner(Runner):
+    """A runner that notes in the ledger what its prompts stage took."""
+
+    start: Start
+
+    def perform(self, spec: StageSpec) -> str:
+        path = super().perform(spec)
+        if spec.stage == "prompts":
+            assert self.start.cycle
+            number, waits = self.start.cycle.number, load_manifest(self.store, path).facts.get("waits")
+            if waits:
+                update(self.store, self.config.name, number, state="waited", queries=0, files={})
+                raise NothingToDo(f"nothing new: {waits}; they wait")
+            update(self.store, self.config.name, number, prompts=path)
+        return path
+
+    def close_cycle(self) -> None:
+        """The run ended well: what it took, kept and was charged is final."""
+        assert self.start.cycle
+        manifests = self.record.manifests(self.store)
+        update(
+            self.store,
+            self.config.name,
+            self.start.cycle.number,
+            state="done",
+            kept=[manifests[name].path for name in ("warmup-keep", "keep")],
+            queries=sum(manifests[name].facts["queries"] for name in ("warmup-annotate", "annotate")),
+        )
+
+
+@flow(name="distill-recurring", flow_run_name="{config.name} looks for prompts", log_prints=False)
+def distill_recurring(config: RunConfig, root: str = "runs/default") -> Any:
+    """Distil what is new: prompts no run took before in, a student that beats the promoted one out, or a reason."""
+    if config.recurring is None:
+        return Failed(message="recurring: a recurring run needs this section: add it, {} will do")
+    try:
+        return cycle(config, root)
+    except NothingToDo as nothing:
+        name_run(f"{config.name}: {str(nothing).partition(';')[0].partition(':')[0]}")
+        return Completed(message=str(nothing), data=nothing_done(str(nothing)))
+    except StageCancelled as cancelled:
+        return Cancelled(message=str(cancelled))
+    except StageFailed as failed:
+        return Failed(message=str(failed))
+
+
+def cycle(config: RunConfig, root: str) -> Any:
+    """One cycle of the ledger, from where it stands to its end."""
+    start = begin(config, open_store(root))
+    assert start.cycle
+    files = len(start.cycle.all_files)
+    name_run(f"{config.name} {start.cycle.number}" + (f", {files} new file{'s' * (files != 1)}" if files else ""))
+    with CycleRunner.open(start.config, root, run=start.run) as runner:
+        runner.start = start
+        found = {**start.found, "promoted": runner.record.promoted}
+        try:
+            story(runner, found)
+        except StageDamaged:
+            runner.record.stages.clear()
+            story(runner, found)
+        runner.close_cycle()
+        result = runner.outcome()
+    said = "promoted" if result["promoted"] else "not promoted"
+    return Completed(message=f"{said}: {result['reason']}", data=result)
+
+
+def nothing_done(message: str) -> dict[str, Any]:
+    """The facts of a run that had nothing to do, for programs."""
+    unknown = dict.fromkeys(("run", "report", "student", "promoted", "reason", "gate", "metrics"))
+    return {**unknown, "state": "Completed", "message": message, "seconds": 0.0, "stages": []}
+
+
+def last_record(store: Store, name: str) -> RunRecord | None:
+    """Of the latest cycle's run."""
+    last = read_ledger(store, name)[0].last
+    return load_record(store, last.run) if last else None
