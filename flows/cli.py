@@ -73,8 +73,11 @@ def prefect_server(root: str) -> Iterator[Any]:
         if "prefect" in sys.modules:
             from prefect.logging.handlers import APILogWorker
 
+            from flows.notify import flush
+
             # What still waits to be sent would be lost, with a complaint on the terminal.
             APILogWorker.drain_all()
+            flush()
         server.stop()
 
 

@@ -8,7 +8,7 @@ next run; with nothing to do the run ends as completed, and says so.
 
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.artifacts import name_run
@@ -20,7 +20,7 @@ from infra.manifest import load_manifest
 from infra.store import Store, open_store
 from tasks.config import RunConfig
 from tasks.ledger import read_ledger, update
-from tasks.stage import StageSpec
+from tasks.stage import StageSpec, one_line
 
 
 class CycleRunner(Runner):
@@ -71,7 +71,10 @@ def distill_recurring(config: RunConfig, root: str = "runs/default") -> Any:
 
 def cycle(config: RunConfig, root: str) -> Any:
     """One cycle of the ledger, from where it stands to its end."""
-    start = begin(config, open_store(root))
+    try:
+        start = begin(config, open_store(root))
+    except ValueError as mistake:
+        return Failed(message=one_line(mistake))
     assert start.cycle
     files = len(start.cycle.all_files)
     name_run(f"{config.name} {start.cycle.number}" + (f", {files} new file{'s' * (files != 1)}" if files else ""))
@@ -80,7 +83,8 @@ def cycle(config: RunConfig, root: str) -> Any:
         found = {**start.found, "promoted": runner.record.promoted}
         try:
             story(runner, found)
-        except StageDamaged:
+        except StageDamaged as damaged:
+            get_run_logger().warning("%s", damaged)
             runner.record.stages.clear()
             story(runner, found)
         runner.close_cycle()

@@ -23,6 +23,7 @@ from prefect.states import Cancelled, Completed, Failed
 from flows.artifacts import StageProgress, publish
 from flows.cycle import NothingToDo
 from flows.display import display
+from flows.notify import announce
 from flows.record import RunRecord, StageRecord, load_record, outcome, rival_of, run_id
 from flows.story import Pipeline
 from infra.cluster import FINAL, QUIET, Cluster, Job, submit
@@ -30,6 +31,7 @@ from infra.faults import fault_of
 from infra.manifest import load_manifest
 from infra.store import open_store
 from tasks.config import RunConfig
+from tasks.promoted import current
 from tasks.stage import MARK, StageSpec
 
 POLL_SECONDS = 0.3
@@ -114,6 +116,10 @@ class Runner(Pipeline):
         """Facts of the finished run. Its record is written as completed first."""
         self.record.state, self.record.seconds = "Completed", time.monotonic() - self.began
         publish(self.record, self.store)
+        promotion = current(self.store, self.config.name)
+        report = self.record.stages[-1]
+        if promotion and promotion.fingerprint == report.fingerprint and not report.reused:
+            announce(promotion, self.store)
         return outcome(self.record, self.store)
 
     def perform(self, spec: StageSpec) -> str:
