@@ -79,6 +79,12 @@ def metric_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def gate_lines(facts: dict[str, Any]) -> str:
+    """Whether the student was promoted, and each condition, as Markdown."""
+    checks = [f"- {'✓' if check['passed'] else '✗'} {check['text']}" for check in facts["gate"]]
+    return "\n".join([f"**{'Promoted' if facts['promoted'] else 'Not promoted'}**: {facts['reason']}", "", *checks])
+
+
 def publish(record: RunRecord, store: Store) -> None:
     """The facts of a finished run as artifacts of its flow run."""
     manifests = record.manifests(store)
@@ -112,7 +118,7 @@ def publish(record: RunRecord, store: Store) -> None:
     link = report if "://" in report else f"file://{report}"
     create_link_artifact(link=link, link_text="Report", key="report", description="The run's report")
     create_markdown_artifact(
-        f"# {record.run}\n\n{facts['verdict']}\n\nReport: `{report}`\n\nStudent: `{student}`\n",
+        f"# {record.run}\n\n{facts['verdict']}\n\n{gate_lines(facts)}\n\nReport: `{report}`\n\nStudent: `{student}`\n",
         key="summary",
         description="What this run did",
     )

@@ -9,6 +9,7 @@ from flows.estimate import Estimate, estimate
 from flows.preflight import preflight, readable, sources_readable
 from flows.record import load_record, rival_of, run_id
 from flows.story import Pipeline
+from infra.manifest import load_manifest
 from infra.store import open_store
 from tasks.config import RunConfig
 from tasks.stage import StageSpec
@@ -97,6 +98,10 @@ def plan_run(config: RunConfig, root: str) -> Plan:
     known = load_record(store, start.run)
     planner = Planner(config, root, start.run, known.redo if known else {})
     story(planner, {**start.found, "promoted": rival_of(store, config, known)})
+    prompts = next(spec.manifest_path for spec in planner.specs if spec.stage == "prompts")
+    if store.exists(prompts) and (waits := load_manifest(store, prompts).facts.get("waits")):
+        plan.nothing = f"nothing new: {waits}; they wait"
+        return plan
     needs: Estimate = estimate(config)
     for spec in planner.specs:
         cost = needs.stages.get(spec.stage)

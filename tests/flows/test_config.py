@@ -16,6 +16,9 @@ ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
+FOLDER = {"type": "huggingface", "id": "somewhere"}
+
+
 def changed(tmp_path: Path, changes: dict[str, Any]) -> Path:
     """The tiny settings, with dotted keys set."""
     data = tiny.settings(tmp_path)
@@ -63,6 +66,11 @@ def test_overrides_are_yaml_by_path(tmp_path: Path) -> None:
         ({"prompts.sources": []}, "prompts.sources", "at least 1"),
         ({"prompts.verifier": "guess"}, "prompts", "module:function"),
         ({"models.student": {"type": "prune", "layers": [0]}}, "models.student.prune.of", "required"),
+        ({"prompts.sources": [{"type": "inbox", "path": "in"}]}, "config", "section recurring"),
+        ({"prompts.heldout_sources": [{"type": "inbox", "path": "in"}]}, "config", "prompts.heldout_sources: an inbox"),
+        ({"models.student": {"type": "promoted", "first": FOLDER}}, "config", "section recurring"),
+        ({"models.teacher": {"type": "promoted", "first": FOLDER}}, "models.teacher", "does not match"),
+        ({"recurring": {"replay_share": 1}}, "recurring.replay_share", "less than 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
