@@ -12,7 +12,7 @@ from flows.story import Pipeline
 from infra.manifest import load_manifest
 from infra.store import open_store
 from tasks.config import RunConfig
-from tasks.stage import StageSpec
+from tasks.stage import StageSpec, one_line
 
 
 @dataclass
@@ -89,6 +89,9 @@ def plan_run(config: RunConfig, root: str) -> Plan:
         start = look(config, store)
     except NothingToDo as nothing:
         plan.nothing = str(nothing)
+        return plan
+    except ValueError as error:
+        plan.problems = [one_line(error)]
         return plan
     config, plan.run = start.config, start.run
     if start.cycle and not start.cycle.prompts:

@@ -29,8 +29,7 @@ SHARD_TRIES = 2
 # How often engines are looked after while their results are waited for.
 WATCH_SECONDS = 5.0
 # What of a model's configuration decides whether weights fit.
-SHAPE = ("architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SHAPE += ("num_key_value_heads", "head_dim", "tie_word_embeddings")
+SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 class EnginePool:
@@ -198,12 +197,14 @@ def served_by(store: Store, base: ModelRef, model: ModelRef) -> ModelRef:
     if model.revision == base.revision:
         return base
 
-    def architecture(of: ModelRef) -> dict[str, Any]:
+    def shape(of: ModelRef) -> dict[str, Any]:
         config = json.loads((local_folder(store, of, weights=False) / "config.json").read_text())
-        config |= config.get("text_config", {})
-        return {name: config.get(name) for name in SHAPE}
+        return {**config, **config.get("text_config", {})}
 
-    return base if architecture(base) == architecture(model) else model
+    ours, theirs = shape(base), shape(model)
+    # Saving a model adds what its configuration left to defaults.
+    same = all(ours[name] == theirs[name] for name in SHAPE if name in ours and name in theirs)
+    return base if same else model
 
 
 def model_of(stage: Stage[Any], input_name: str, key: str) -> ModelRef:

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import tiny
@@ -186,6 +187,8 @@ def test_training_starts_from_the_promoted_student_and_is_judged_against_it(
     monkeypatch.setattr(plan.Planner, "perform", noted)
     put(tmp_path, "a.jsonl", 0)
     root = str(tmp_path / "root")
+    finish(store, begin(settings(), store).cycle)
+    put(tmp_path, "b.jsonl", 30)
 
     plan_run(settings(), root)
     assert specs["warmup-train"].settings["student_input"] == "models"
@@ -208,6 +211,10 @@ def test_training_starts_from_the_promoted_student_and_is_judged_against_it(
         **{"label": "promoted", "engine": "student", "weights": "promoted"}
     }
     assert specs["report"].settings["rival"]["label"] == "promoted"
+    # Every stage takes its settings.
+    for spec in specs.values():
+        (stage_type,) = get_args(get_type_hints(import_module(spec.module).run)["stage"])
+        stage_type.model_validate(spec.settings)
 
 
 def test_looking_changes_nothing(settings: Settings, tmp_path: Path) -> None:
