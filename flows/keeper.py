@@ -154,6 +154,8 @@ def rollback(
 
     store = open_store(root)
     known = names(store)
+    if not known:
+        raise UserError([f"--root: no student is promoted in {root!r}"])
     if name is None and len(known) != 1:
         raise UserError([f"--name: {len(known)} pipelines in {root} have a promoted student: {', '.join(known)}"])
     try:

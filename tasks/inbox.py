@@ -43,16 +43,16 @@ def arrived(source: InboxSource, taken: Iterable[InboxFile]) -> tuple[list[Inbox
         contents.add(file.content)
     found: list[InboxFile] = []
     waiting: dict[str, str] = {}
-    for file in sorted(list_files(source.path)):
-        if not file.uri.endswith(SUFFIXES) or (file.uri, file.stamp) in stamps:
+    for listed in sorted(list_files(source.path)):
+        if not listed.uri.endswith(SUFFIXES) or (listed.uri, listed.stamp) in stamps:
             continue
         if source.max_files is not None and len(found) == source.max_files:
-            waiting[file.uri] = f"the run takes {source.max_files} files (max_files)"
-        elif reason := unfinished(source, file):
-            waiting[file.uri] = reason
-        elif (content := content_id(file.uri)) not in contents:
+            waiting[listed.uri] = f"the run takes {source.max_files} files (max_files)"
+        elif reason := unfinished(source, listed):
+            waiting[listed.uri] = reason
+        elif (content := content_id(listed.uri)) not in contents:
             contents.add(content)
-            found.append(InboxFile(path=file.uri, stamp=file.stamp, content=content))
+            found.append(InboxFile(path=listed.uri, stamp=listed.stamp, content=content))
     return found, waiting
 
 
