@@ -71,7 +71,7 @@ def next_cycle(config: RunConfig, ledger: Ledger, now: datetime) -> Cycle:
     if last and is_open:
         return last.model_copy(update={"files": files})
     queries = allowance(config, ledger, f"{now:%Y-%m}")
-    return Cycle(number=len(ledger.done) + 1, opened=now, files=files, queries=queries)
+    return Cycle(number=last.number + 1 if last else 1, opened=now, files=files, queries=queries)
 
 
 def allowance(config: RunConfig, ledger: Ledger, month: str) -> int:
@@ -106,8 +106,8 @@ def settled(config: RunConfig, cycle: Cycle) -> RunConfig:
 
 
 def run_of(config: RunConfig, cycle: Cycle) -> str:
-    """The run's id."""
-    return f"{run_id(settled(config, cycle))}-{cycle.number:04d}"
+    """The run's id: settings that are corrected while a cycle is open do not make it another run."""
+    return f"{config.name}-{cycle.number:04d}"
 
 
 def start_of(config: RunConfig, ledger: Ledger, cycle: Cycle) -> Start:

@@ -104,6 +104,16 @@ def test_a_file_that_changed_before_it_was_taken_is_named_anew(
     assert again.found["sources"] != first.found["sources"]
 
 
+def test_prompts_that_waited_are_looked_at_again(settings: Settings, store: Store, tmp_path: Path) -> None:
+    put(tmp_path, "a.jsonl", 0, count=3)
+    first = begin(settings(), store)
+    update(store, "tiny", 1, state="waited", queries=0, files={})
+    again = begin(settings(), store)
+    assert (again.run, again.config) == ("tiny-0002", first.config)
+    # The prompts stage knows them already.
+    assert {**again.found, "after": None} == {**first.found, "after": None}
+
+
 def test_a_month_is_never_exceeded(settings: Settings, store: Store, tmp_path: Path) -> None:
     config = settings(queries_per_month=60)
     asked = []

@@ -38,10 +38,11 @@ def test_it_is_kept_in_the_store(store: Store):
     assert read_ledger(store, "weekly")[0].cycles == [opened]
     done = update(store, "weekly", 1, state="done", prompts="p", kept=["k"], queries=4)
     assert (done.files, done.queries, done.state) == (opened.files, 4, "done")
-    # One that had too few prompts gives its number to the next.
     change(store, "weekly", lambda ledger: cycle(2, state="waited", queries=0))
-    change(store, "weekly", lambda ledger: cycle(2, queries=5))
-    assert [known.queries for known in read_ledger(store, "weekly")[0].cycles] == [4, 5]
+    change(store, "weekly", lambda ledger: cycle(3, queries=5))
+    ledger, _ = read_ledger(store, "weekly")
+    assert [known.queries for known in ledger.cycles] == [4, 0, 5]
+    assert ledger.done == [done]
 
 
 def test_of_many_that_open_at_once_none_is_lost(store: Store):
