@@ -11,12 +11,15 @@ import pytest
 import tiny
 
 from flows.cycle import NothingToDo, begin, look, next_cycle
+from flows.distill import prepare
 from flows.plan import Plan, plan_run
-from infra.manifest import Manifest, commit_manifest
+from flows.story import Pipeline
+from infra.manifest import Manifest, commit_manifest, load_manifest, read_rows
 from infra.store import LocalStore, Store, open_store
 from tasks.config import RunConfig
 from tasks.ledger import Cycle, Ledger, read_ledger, update
 from tasks.promoted import promote
+from tasks.stage import Stage, StageSpec
 
 NOVEMBER = datetime(2026, 11, 8, tzinfo=UTC)
 Settings = Callable[..., RunConfig]
@@ -225,6 +228,46 @@ def test_training_starts_from_the_promoted_student_and_is_judged_against_it(
     for spec in specs.values():
         (stage_type,) = get_args(get_type_hints(import_module(spec.module).run)["stage"])
         stage_type.model_validate(spec.settings)
+
+
+class Here(Pipeline):
+    """Does each stage in this process."""
+
+    def perform(self, spec: StageSpec) -> str:
+        run = import_module(spec.module).run
+        (settings_type,) = get_args(get_type_hints(run)["stage"])
+        stage = Stage(spec, settings_type.model_validate(spec.settings))
+        if not stage.store.exists(spec.manifest_path):
+            run(stage)
+            commit_manifest(stage.store, stage.manifest)
+        return spec.manifest_path
+
+
+def test_prompts_of_three_weeks(settings: Settings, store: Store, tmp_path: Path) -> None:
+    def week(now: int, name: str, first: int, count: int) -> Manifest:
+        put(tmp_path, name, first, count)
+        start = begin(settings(), store, NOVEMBER)
+        assert start.cycle.number == now
+        _, prompts = prepare(Here(start.config, store.uri, start.run, {}), start.found)
+        found = load_manifest(store, prompts)
+        if "waits" in found.facts:
+            update(store, "tiny", now, state="waited", queries=0, files={})
+        else:
+            update(store, "tiny", now, state="done", prompts=prompts)
+        return found
+
+    def ids(manifest: Manifest, table: str) -> set[str]:
+        return set(read_rows(store, manifest, table)["prompt_id"].to_pylist())
+
+    first = week(1, "a.jsonl", 0, 30)
+    assert (len(ids(first, "prompts")), len(ids(first, "heldout")), len(ids(first, "warmup"))) == (24, 6, 12)
+    # A repeats itself and is 10 prompts longer, of which 3 are held out: 7 to learn from are fewer than 8.
+    assert week(2, "a.jsonl", 0, 40).facts["waits"] == "10 new prompts, 3 of them to hold out"
+    third = week(3, "b.jsonl", 40, 10)
+    assert (len(ids(third, "prompts")), len(ids(third, "heldout")), len(ids(third, "warmup"))) == (17, 6, 8)
+    assert len(ids(first, "heldout") & ids(third, "heldout")) == 3
+    assert not ids(first, "prompts") & (ids(third, "prompts") | ids(third, "heldout"))
+    assert third.facts["counts"]["taken_before"] == 30
 
 
 def test_looking_changes_nothing(settings: Settings, tmp_path: Path) -> None:
