@@ -234,6 +234,8 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
 @flow(name="distill", flow_run_name="{config.name}", log_prints=False)
 def distill(config: RunConfig, root: str = "runs/default", redo_from: str | None = None) -> Any:
     """Distil the teacher into the student: prompts in, a promoted student and its report out."""
+    if config.recurring:
+        return Failed(message="recurring: this flow runs once: use distill-recurring, or leave the section out")
     try:
         with Runner.open(config, root, redo_from) as runner:
             found = {**identities(config, {}), "promoted": runner.record.promoted}
