@@ -142,7 +142,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "seed": config.seed,
             "earlier": list(earlier),
             "rows": ["warmup-keep", "keep"],
-            "stored": compares and config.train.method.annotated == "stored",
+            "stored": plain["train"]["method"].get("annotated") == "stored",
         }
         inputs = {"models": models, "warmup_keep": warmup_kept, "keep": kept, **earlier}
         replayed = {"replay": stage("replay", "tasks.replay", settings, **inputs)}

@@ -60,9 +60,9 @@ def webhook_on_promotion(url: str, pipeline: str = "*") -> UUID:
     from prefect.events.schemas.automations import EventTrigger, Posture
 
     name = "all" if pipeline == "*" else pipeline
-    block: Any = Webhook(url=url, headers={"Content-Type": "application/json"})
+    block = Webhook.model_validate({"url": url, "headers": {"Content-Type": "application/json"}})
     document = block.save(f"switchyard-promotions-{name}", overwrite=True)
-    automation = Automation(
+    automation: Any = Automation(
         name=f"switchyard promotions of {name}",
         description="Calls a webhook for every promoted student",
         trigger=EventTrigger(
@@ -74,12 +74,12 @@ def webhook_on_promotion(url: str, pipeline: str = "*") -> UUID:
         actions=[CallWebhook(block_document_id=document, payload=PAYLOAD)],
     )
     try:
-        known = Automation.read(name=automation.name)
-        automation.id = known.id
-        automation.update()
+        known: Any = Automation.read(name=automation.name)
     except ValueError:
-        automation = automation.create()
-    return automation.id
+        return UUID(str(automation.create().id))
+    automation.id = known.id
+    automation.update()
+    return UUID(str(automation.id))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from flows.story import on_gpu
 from infra.files import list_files
 from infra.store import open_store
 from tasks.config import RunConfig
-from tasks.config.models import GgufModel, HuggingFaceModel, ModelSource, PrunedModel
+from tasks.config.models import GgufModel, HuggingFaceModel, PromotedModel, PrunedModel, StudentSource
 from tasks.config.prompts import InboxSource, ReasoningGymSource
 from tasks.models import ROLES, identity
 from tasks.sources import check as check_source
@@ -154,8 +154,10 @@ def lengths(config: RunConfig) -> list[str]:
     return found
 
 
-def origin(source: ModelSource) -> HuggingFaceModel | GgufModel:
+def origin(source: StudentSource) -> HuggingFaceModel | GgufModel:
     """Where a model's tokenizer and vocabulary come from."""
+    if isinstance(source, PromotedModel):
+        return origin(source.first)
     if isinstance(source, HuggingFaceModel | GgufModel):
         return source
     return source.of if isinstance(source, PrunedModel) else source.tokenizer_of
