@@ -105,3 +105,17 @@ def test_by_source():
         *tables(*random_rows(problems=SOURCES + 5, sources=[str(n) for n in range(SOURCES + 5)])), EVALUATE, 0
     )
     assert len(many.by_source) == SOURCES
+
+
+def test_a_promoted_student_and_how_models_write():
+    evaluations = [
+        ("final", "a", "s", 0, True, 30.0, 10, "stop"),
+        ("final", "b", "s", 0, True, 30.0, 30, "length"),
+        ("promoted", "a", "s", 0, False, 10.0, 8, "stop"),
+        ("promoted", "b", "s", 0, True, 20.0, 8, "stop"),
+    ]
+    found = measure(*tables(evaluations), EVALUATE, 0)
+    assert list(found.metrics) == [*LABELS, "promoted"]
+    assert found.differences["final-promoted"]["accuracy"] == 0.5
+    assert found.differences["final-promoted"]["rouge_l"] == 15
+    assert found.habits == {"final": (20, 0.5), "promoted": (8, 1)}
