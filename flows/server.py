@@ -20,6 +20,10 @@ def environment(home: Path, url: str | None = None) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
         "PREFECT_CLI_PROMPT": "false",
+        # A run tells every half minute that it lives; `flows/reap.py` marks those that fell silent.
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        # So long a run that was started from the UI waits for its worker to look, at most.
+        "PREFECT_WORKER_QUERY_SECONDS": "3",
         "DO_NOT_TRACK": "1",
     }
     return {**settings, "PREFECT_API_URL": url} if url else settings

@@ -14,6 +14,8 @@ from tasks.config.prompts import PromptsConfig
 from tasks.config.signals import Budget, Distributions, Sampling, Signals
 from tasks.config.train import TrainConfig
 
+NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
+
 
 class SamplingConfig(Config):
     """How teacher and student write when they are sampled."""
@@ -48,7 +50,7 @@ class Resources(Config):
 class RunConfig(Config):
     """A distillation, from prompts to a promoted student."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    name: str = Field(pattern=NAME)
     """Name of the run: lower-case letters, digits, hyphens."""
     seed: int = 0
     """Seed of everything that is drawn."""
