@@ -97,7 +97,7 @@ def test_an_evaluation_is_a_run_of_few_stages(tmp_path: Path) -> None:
     assert settings.prompts.heldout == 7
     assert [source.type for source in settings.prompts.heldout_sources] == ["jsonl"]
     assert settings.models.student == chosen.model
-    with pytest.raises(ValueError, match="engine.max_model_len 64"):
+    with pytest.raises(ValueError, match=r"engine\.max_model_len 64"):
         Evaluation.model_validate({**chosen.model_dump(), "engine": {"max_model_len": 64}})
     with pytest.raises(ValueError, match="set source"):
         Evaluation.model_validate({**chosen.model_dump(), "evaluate": {"reference": "teacher"}})
