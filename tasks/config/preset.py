@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from tasks.config.base import Choice, Config
+from tasks.config.base import Config
+from tasks.config.form import Choice
 from tasks.config.run import RunConfig, load_config
 
 FOLDER = Path(__file__).parent.parent.parent / "configs"

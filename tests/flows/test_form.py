@@ -15,6 +15,7 @@ from flows.evaluate import evaluate
 from flows.reap import reap
 from tasks.config import RunConfig
 from tasks.config.evaluation import Evaluation
+from tasks.config.form import TAGS, marked
 from tasks.config.preset import NAMES, Preset
 
 
@@ -58,13 +59,38 @@ def test_every_setting_has_its_text_and_range() -> None:
     assert share.endswith("(above 0, below 1)")
 
 
-def test_choices_are_named_and_tagged() -> None:
+def test_choices_are_named_and_told_apart() -> None:
     definitions = schema_of(distill)["definitions"]
     gates = definitions["Switch"]["properties"]["gate"]["anyOf"]
     named = [definitions[gate["$ref"].rpartition("/")[2]] for gate in gates]
     assert [gate["title"] for gate in named][:2] == ["Exponential Decay", "Linear"]
-    # A choice that leaves out its tag would be read as another.
-    assert all("type" in gate["required"] for gate in named)
+    # The form takes the choice that has most of a value's fields: each has one that no other has.
+    for node in nodes(schema_of(distill)):
+        members = [definitions[kind["$ref"].rpartition("/")[2]] for kind in node.get("anyOf", []) if "$ref" in kind]
+        if len(members) > 1 and all("patternProperties" in member for member in members):
+            marks = [next(iter(member["properties"])) for member in members]
+            assert len(set(marks)) == len(marks)
+            assert not any(
+                set(member["properties"]) & (TAGS - {mark}) for mark, member in zip(marks, members, strict=True)
+            )
+
+
+def test_what_the_form_gives_back_are_the_settings(tmp_path: Path) -> None:
+    config = RunConfig.model_validate(tiny.settings(tmp_path))
+    plain = config.model_dump(mode="json")
+    given = marked(plain)
+    assert given["models"]["student"]["prune"] is True
+    assert problems(given) == []
+    assert RunConfig.model_validate(given) == config
+    del given["models"]["student"]["type"], given["models"]["student"]["of"]["type"]
+    assert problems(given) == []
+    assert RunConfig.model_validate(given) == config
+    # A choice that the form shows wrongly at first leaves its mark, and changes nothing.
+    given["prompts"]["sources"][0]["jsonl"] = True
+    assert problems(given) == []
+    assert RunConfig.model_validate(given) == config
+    given["prompts"]["sources"][0]["tusks"] = 3
+    assert problems(given)
 
 
 def problems(config: dict[str, Any]) -> list[str]:
