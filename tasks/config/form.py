@@ -55,7 +55,7 @@ def shape(schema: JsonSchemaValue) -> None:
         schema["patternProperties"] = {"^type$": tag}
         schema["additionalProperties"] = {"const": True}
         mark = {"const": True, "default": True, "type": "boolean", "title": schema["title"]}
-        fields = schema["properties"] = {tag["const"]: mark, **fields}
+        fields = schema["properties"] = {**fields, tag["const"]: mark}
     for position, field in enumerate(fields.values()):
         choices(field)
         field["position"] = position
@@ -66,13 +66,15 @@ def shape(schema: JsonSchemaValue) -> None:
 
 
 def choices(field: Any) -> None:
-    """Unions by tag as ``anyOf``."""
+    """Unions by tag as ``anyOf``, one that may be absent included: the form shows no union within a union."""
     if isinstance(field, dict):
+        for inner in field.values():
+            choices(inner)
         field.pop("discriminator", None)
         if "oneOf" in field:
             field["anyOf"] = field.pop("oneOf")
-        for inner in field.values():
-            choices(inner)
+        if "anyOf" in field:
+            field["anyOf"] = [one for kind in field["anyOf"] for one in (kind["anyOf"] if "anyOf" in kind else [kind])]
     elif isinstance(field, list):
         for inner in field:
             choices(inner)

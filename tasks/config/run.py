@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from tasks.config.base import Config
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
@@ -49,6 +49,8 @@ class Resources(Config):
 
 class RunConfig(Config):
     """A distillation, from prompts to a promoted student."""
+
+    model_config = ConfigDict(title="Settings")
 
     name: str = Field(pattern=NAME)
     """Name of the run: lower-case letters, digits, hyphens."""

@@ -56,7 +56,7 @@ class Operator:
     def open_form(self) -> None:
         """From the list of deployments to the form of a run of one's own."""
         self.page.goto(f"{self.up.ui}/deployments")
-        self.page.get_by_role("link", name="distill", exact=True).last.click()
+        self.page.get_by_role("link", name="distill", exact=True).first.click()
         self.page.get_by_role("button", name="Run", exact=True).click()
         self.shoot("deployment")
         self.page.get_by_text("Custom run").click()
@@ -69,7 +69,8 @@ class Operator:
     def submit(self) -> str:
         """Start what the form says; returns the flow run's id."""
         self.page.get_by_role("button", name="Submit").click()
-        self.page.get_by_role("button", name="View run").click()
+        # The note that says so comes twice while it moves.
+        self.page.get_by_role("button", name="View run").first.click()
         self.page.wait_for_url("**/runs/flow-run/**")
         return self.page.url.rsplit("/", 1)[1].partition("?")[0]
 
@@ -104,11 +105,11 @@ def test_a_run_from_the_form_to_its_artifacts(operator: Operator, up: Up, tmp_pa
 
     # Fill the form: a plain field, and another choice of a union, which stays chosen.
     operator.open_form()
-    operator.field("Name").locator("input").fill("browser")
-    gate = operator.field("Gate")
+    operator.field("Name").locator("textarea").fill("browser")
+    gate = operator.field("Gate (Optional)")
     gate.scroll_into_view_if_needed()
     gate.get_by_text("Linear", exact=True).click()
-    gate.locator(".schema-form-property").filter(has_text="Floor").locator("input").fill("0.25")
+    gate.locator(".schema-form-property", has_text="Floor (Optional)").locator("input").first.fill("0.25")
     operator.shoot("form")
     run = operator.submit()
     parameters = up.ask(f"/flow_runs/{run}")["parameters"]
