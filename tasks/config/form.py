@@ -74,7 +74,7 @@ def choices(field: Any) -> None:
         if "oneOf" in field:
             field["anyOf"] = field.pop("oneOf")
         if "anyOf" in field:
-            field["anyOf"] = [one for kind in field["anyOf"] for one in (kind["anyOf"] if "anyOf" in kind else [kind])]
+            field["anyOf"] = [one for kind in field["anyOf"] for one in kind.get("anyOf", [kind])]
     elif isinstance(field, list):
         for inner in field:
             choices(inner)
