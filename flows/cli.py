@@ -114,8 +114,11 @@ def ended(state: Any, settings: RunConfig, root: str) -> "RunRecord":
     from flows.record import load_record, run_id
 
     record = load_record(open_store(root), run_id(settings))
-    if record is None or (record.state == "Completed" and not state.is_completed()):
-        # It ended before its first stage, or after its last one.
+    if record is None:
+        # Its own look at the plan found what had not stood in the way a moment ago.
+        raise UserError([state.message])
+    if record.state == "Completed" and not state.is_completed():
+        # It ended after its last stage.
         raise RuntimeError(state.message)
     return record
 
