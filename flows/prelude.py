@@ -8,7 +8,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.states import Failed
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from flows.local import on_running_cluster
 from flows.plan import Plan, plan_run
@@ -17,7 +17,7 @@ from flows.runner import StageRefused
 from flows.tables import duration
 from tasks.config import RunConfig
 from tasks.config.evaluation import Evaluation
-from tasks.config.preset import Preset, Settings
+from tasks.config.preset import Preset, kind
 from tasks.config.problems import problems_of
 
 
@@ -40,8 +40,8 @@ def settled(state: State[Any]) -> Any:
 @task(name="plan", task_run_name="plan", cache_policy=NO_CACHE, persist_result=False)
 def look_at_run(config: Any, root: str, redo_from: str | None) -> Any:
     try:
-        chosen: Preset | RunConfig = TypeAdapter(Settings).validate_python(config)
-        settings = chosen.settings() if isinstance(chosen, Preset) else chosen
+        preset = Preset.model_validate(config) if kind(config) == "preset" else None
+        settings = preset.settings() if preset else RunConfig.model_validate(config)
     except ValidationError as error:
         return refused(problems_of(error))
     except ValueError as error:

@@ -80,8 +80,7 @@ def test_a_run_that_cannot_work_fails_with_its_lines(up: Up, tmp_path: Path) -> 
     other = up.start("evaluate", config={"name": "none", "model": absent, "problems": [source]}, root=str(tmp_path))
     state = up.wait(run, seconds=SECONDS)
     assert (state["type"], state["name"]) == ("FAILED", "Failed")
-    assert "micro_batch 3 does not divide batch_size 4" in state["message"]
-    assert "\n" not in state["message"]
+    assert state["message"] == "train: micro_batch 3 does not divide batch_size 4"
     assert "micro_batch 3" in up.artifacts(run)["problems"]["data"]
     state = up.wait(other, seconds=SECONDS)
     assert state["type"] == "FAILED"
@@ -96,8 +95,11 @@ def running(up: Up, name: str, beats: datetime | None) -> str:
     if beats:
         resource = {"prefect.resource.id": f"prefect.flow-run.{run}"}
         event = {"occurred": beats.isoformat(), "event": "prefect.flow-run.heartbeat", "resource": resource}
-        reply = up.api.post("/events", json=[{**event, "id": run}])
-        reply.raise_for_status()
+        up.api.post("/events", json=[{**event, "id": run}]).raise_for_status()
+        # The server writes events down some seconds later.
+        beat = {"resource": {"id": [resource["prefect.resource.id"]]}}
+        while not up.ask("/events/filter", filter=beat)["events"]:
+            time.sleep(0.5)
     return run
 
 

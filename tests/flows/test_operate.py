@@ -69,8 +69,8 @@ class Operator:
     def submit(self) -> str:
         """Start what the form says; returns the flow run's id."""
         self.page.get_by_role("button", name="Submit").click()
-        # The note that says so comes twice while it moves.
-        self.page.get_by_role("button", name="View run").first.click()
+        # Notes lie upon each other while they move: the last one is on top.
+        self.page.get_by_role("button", name="View run").last.click()
         self.page.wait_for_url("**/runs/flow-run/**")
         return self.page.url.rsplit("/", 1)[1].partition("?")[0]
 
@@ -156,9 +156,10 @@ def test_a_run_from_the_form_to_its_artifacts(operator: Operator, up: Up, tmp_pa
     left = up.artifacts(again)
     assert {"plan", "stages", "metrics", "funnel", "spending", "report", "summary"} <= set(left)
     page.reload()
-    page.get_by_role("tab", name="Artifacts").click()
-    page.get_by_text("metrics", exact=True).first.click()
-    page.get_by_text("Held-out metrics with intervals").first.wait_for()
+    page.get_by_text("Artifacts", exact=True).first.click()
+    page.get_by_role("link", name="metrics").first.click()
+    page.wait_for_url("**/artifacts/artifact/**")
+    page.get_by_text("rouge_l").first.wait_for()
     operator.shoot("artifact")
     page.goto(f"{up.ui}/runs/flow-run/{again}")
     page.get_by_text("Completed").first.wait_for()
