@@ -48,7 +48,7 @@ def evaluate(config: Evaluation, root: str = "runs/default") -> Any:
         settings = measured(config, root).settings()
         with Runner.open(settings, root) as runner:
             manifest = load_manifest(runner.store, story(runner, identities(settings)))
-        row = {**metric_rows(manifest.facts["metrics"])[0], "model": settings.models.student.name}
+        row = {**metric_rows(manifest.facts["metrics"])[0], "model": settings.name}
         create_table_artifact([row], key="metrics", description=f"{manifest.facts['heldout']} problems, with intervals")
         return row
     except StageCancelled as cancelled:

@@ -10,6 +10,9 @@ from typing import Any
 
 import httpx
 
+from flows.server import answers, server_command, server_environment
+from infra.process import detached, marked
+
 ROOT = Path(__file__).parent.parent.parent
 START_SECONDS = 400
 
@@ -55,6 +58,18 @@ class Up:
             assert time.monotonic() < deadline, state
             time.sleep(0.5)
         return state
+
+    def restart_server(self) -> None:
+        """End Prefect's server as a crash would, and start it again at its old place."""
+        url, home = self.facts["prefect_url"], Path(self.facts["home"])
+        command = server_command(int(url.split(":")[2].removesuffix("/api")))
+        for process in marked(self.facts["token"]):
+            if process.cmdline()[1:] == command[1:]:
+                process.kill()
+                process.wait()
+        detached(command, self.home / "server.log", server_environment(home, url), self.facts["token"])
+        while not answers(url):
+            time.sleep(0.3)
 
     def artifacts(self, run: str) -> dict[str, dict[str, Any]]:
         """Artifacts of a flow run, by key."""

@@ -1,5 +1,6 @@
 """Deployments on a real server: as `switchyard up` leaves them, as `prefect deploy` puts them, and what they do."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -145,3 +146,34 @@ def test_reaping_ends_what_nobody_looks_after(up: Up, tmp_path: Path) -> None:
     assert jobs == {"gone": "STOPPED", "kept": "RUNNING"}
     assert "gone-job" in up.artifacts(run)["reaped"]["data"]
     up.ray.post("/api/jobs/kept-job/stop")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(SECONDS)
+def test_any_model_is_measured_on_any_problems(up: Up, tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "model", seed=1)
+    problems = [{"prompt": f"{a} + 1?", "answer": str(a + 1), "reference": f"It is {a + 1}."} for a in range(8)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    fields = {"prompt": "prompt", "answer": "answer", "reference": "reference"}
+    config = {
+        "name": "weekly",
+        "model": {"type": "huggingface", "id": str(tmp_path / "model")},
+        "problems": [{"type": "jsonl", "path": str(tmp_path / "problems.jsonl"), "fields": fields}],
+        "count": 8,
+        "max_prompt_tokens": 96,
+        "evaluate": {"seeds": [1], "max_tokens": 12, "bootstrap": 200},
+        "engine": {"max_model_len": 256, "kv_cache_gib": 0.05},
+    }
+    run = up.start("evaluate", config=config, root=str(tmp_path / "root"))
+    state = up.wait(run, seconds=SECONDS)
+    assert state["type"] == "COMPLETED", state
+    (row,) = json.loads(up.artifacts(run)["metrics"]["data"])
+    assert row["model"] == "weekly"
+    assert row["loss"] > 0
+    assert 0 <= row["accuracy"] <= 1
+
+    # More than there are: said in the words of these settings.
+    run = up.start("evaluate", config={**config, "count": 9}, root=str(tmp_path / "root"))
+    state = up.wait(run, seconds=SECONDS)
+    assert state["type"] == "FAILED"
+    assert "count: 9 asked for, but problems hold 8" in state["message"]

@@ -144,6 +144,10 @@ def test_a_run_from_the_form_to_its_artifacts(operator: Operator, up: Up, tmp_pa
     again = operator.submit()
     assert again != run
     assert up.ask(f"/flow_runs/{again}")["parameters"] == parameters
+
+    # Prefect's server dies meanwhile, and comes back: the run goes on.
+    up.wait(again, "RUNNING", seconds=SECONDS)
+    up.restart_server()
     state = up.wait(again, seconds=SECONDS)
     assert state["type"] == "COMPLETED", state
     (record,) = (json.loads(path.read_text()) for path in root.glob("runs/*/run.json"))
