@@ -11,7 +11,7 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.states import Cancelled, Failed
 
-from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed
+from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed, run_name
 from flows.story import Pipeline
 from tasks.config import RunConfig
 from tasks.config.preset import Settings
@@ -196,12 +196,6 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         evaluate_before=before,
         evaluate_after=after,
     )
-
-
-def run_name() -> str:
-    from flows.prelude import run_name
-
-    return run_name()
 
 
 @flow(name="distill", flow_run_name=run_name, log_prints=False, validate_parameters=False)

@@ -11,8 +11,8 @@ from prefect.states import Cancelled, Failed
 
 from flows.artifacts import metric_rows
 from flows.distill import identities, prepare
-from flows.prelude import measured, run_name
-from flows.runner import Runner, StageCancelled, StageFailed
+from flows.prelude import measured
+from flows.runner import Runner, StageCancelled, StageFailed, run_name
 from flows.story import Pipeline
 from infra.manifest import load_manifest
 from tasks.config.evaluation import Evaluation

@@ -6,7 +6,6 @@ from typing import Any
 from prefect import State, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.runtime import flow_run
 from prefect.states import Failed
 from pydantic import ValidationError
 
@@ -83,10 +82,3 @@ def show(plan: Plan) -> None:
     ]
     if rows:
         create_table_artifact(rows, key="plan", description=plan.summary)
-
-
-def run_name() -> str:
-    """What a flow run is called: the name in its settings, or its preset. Settings are not checked yet here."""
-    config = flow_run.parameters.get("config")
-    known = config if isinstance(config, dict) else {"name": getattr(config, "name", None)}
-    return str(known.get("name") or known.get("preset") or "unnamed")

@@ -7,12 +7,10 @@ and ends the job, whatever Ray is doing. Every path out of ``perform`` stops the
 import json
 import logging
 import shlex
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -31,6 +29,7 @@ from flows.story import Pipeline
 from infra.cluster import FINAL, QUIET, Cluster, Job, running_jobs, stop_jobs, submit
 from infra.lease import RENEW_SECONDS, lease_path
 from infra.manifest import load_manifest
+from infra.process import undisturbed
 from infra.store import open_store
 from tasks.config import RunConfig
 from tasks.stage import MARK, StageSpec
@@ -278,18 +277,6 @@ class StageWatch:
         self.artifact.close()
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM do nothing meanwhile: a worker's may come while a cancel is being carried out."""
-    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {kind: signal.signal(kind, signal.SIG_IGN) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
 def check_cancelled() -> None:
     """A cancel from the UI does not reach a flow that was started from a shell: it has to look."""
     try:
@@ -300,3 +287,10 @@ def check_cancelled() -> None:
         return
     if state is not None and (state.is_cancelling() or state.is_cancelled()):
         raise StageCancelled("cancelled from Prefect")
+
+
+def run_name() -> str:
+    """What a flow run is called: the name in its settings, or its preset. Settings are not checked yet here."""
+    config = flow_run.parameters.get("config")
+    known = config if isinstance(config, dict) else {"name": getattr(config, "name", None)}
+    return str(known.get("name") or known.get("preset") or "unnamed")
