@@ -31,7 +31,7 @@ def environment(home: Path, url: str | None = None) -> dict[str, str]:
 
 def server_environment(home: Path, url: str) -> dict[str, str]:
     """Of the server itself. Its pages have to be told where it is: they would look at Prefect's own port."""
-    quiet = {"PREFECT_API_URL": "", "PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
+    quiet = {"PREFECT_API_URL": "", "PREFECT_LOGGING_SERVER_LEVEL": "WARNING", "PREFECT_SERVER_DATABASE_TIMEOUT": "60"}
     return {**environment(home), **quiet, "PREFECT_SERVER_UI_API_URL": url}
 
 

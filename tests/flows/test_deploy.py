@@ -129,9 +129,10 @@ def test_reaping_ends_what_nobody_looks_after(up: Up, tmp_path: Path) -> None:
     alive = running(up, "alive", now)
     foreign = running(up, "foreign", None)
     store.write(lease_path("gone"), b"1")
-    for name in ("gone", "kept"):
-        job = {"submission_id": f"{name}-job", "metadata": {"run": name, "root": store.uri}}
-        up.ray.post("/api/jobs/", json={"entrypoint": "sleep 600", **job}).raise_for_status()
+    ids = {name: f"{name}-{zombie}" for name in ("gone", "kept")}
+    for name, job in ids.items():
+        asked = {"entrypoint": "sleep 600", "submission_id": job, "metadata": {"run": name, "root": store.uri}}
+        up.ray.post("/api/jobs/", json=asked).raise_for_status()
     with renewed(store, "kept"):
         run = up.start("reap", watch_seconds=15)
         assert up.wait(run, seconds=SECONDS)["type"] == "COMPLETED"
@@ -142,10 +143,10 @@ def test_reaping_ends_what_nobody_looks_after(up: Up, tmp_path: Path) -> None:
         "foreign": "RUNNING",
     }
     assert states["zombie"]["message"].startswith("no sign of life since")
-    jobs = {name: up.ray.get(f"/api/jobs/{name}-job").json()["status"] for name in ("gone", "kept")}
+    jobs = {name: up.ray.get(f"/api/jobs/{job}").json()["status"] for name, job in ids.items()}
     assert jobs == {"gone": "STOPPED", "kept": "RUNNING"}
-    assert "gone-job" in up.artifacts(run)["reaped"]["data"]
-    up.ray.post("/api/jobs/kept-job/stop")
+    assert ids["gone"] in up.artifacts(run)["reaped"]["data"]
+    up.ray.post(f"/api/jobs/{ids['kept']}/stop").raise_for_status()
 
 
 @pytest.mark.long
