@@ -64,7 +64,7 @@ class Runner(Pipeline):
         self.cluster = Cluster(config.resources.ray_address)
         self.room: Job | None = None
         self.began = time.monotonic()
-        self._ended: Exception | None = None
+        self._ended: BaseException | None = None
         self._closed = threading.Event()
 
     @classmethod
@@ -138,9 +138,10 @@ class Runner(Pipeline):
         except StageFailed as failed:
             self._ended = failed
             return Failed(message=str(failed))
-        except StageCancelled as cancelled:
+        except (StageCancelled, TerminationSignal) as cancelled:
+            # A worker ends its flows by signal; what it means by that, Prefect knows outside of the task.
             self._ended = cancelled
-            return Cancelled(message=str(cancelled))
+            return Cancelled(message=str(cancelled) or "its flow was ended")
         return Completed(message="reused" if self.record.stages[-1].reused else None)
 
     def _stage(self, spec: StageSpec) -> None:
