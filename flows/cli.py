@@ -20,6 +20,7 @@ from flows.keeper import Json, Root, UserError, console, keeper
 from flows.local import Local, running_local
 from infra.store import open_store
 from tasks.config import RunConfig, load_config
+from tasks.config.problems import problems_of
 
 app = typer.Typer(
     help="Distil a large language model into a small one.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -29,18 +30,6 @@ INTERRUPTED = 130
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's settings, a YAML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key.path=value. May be repeated.")]
-
-
-def problems_of(error: ValidationError) -> list[str]:
-    """One line per wrong field: where, what, the value."""
-    lines = []
-    for entry in error.errors(include_url=False):
-        # Names of union members stand in the path, but not in the file.
-        field = ".".join(str(key) for key in entry["loc"]) or "config"
-        value = entry.get("input")
-        got = "" if isinstance(value, dict) or entry["type"] == "missing" else f" (got {str(value)[:80]!r})"
-        lines.append(f"{field}: {entry['msg'].removeprefix('Value error, ')}{got}")
-    return lines
 
 
 def read_config(path: Path, overrides: list[str] | None) -> RunConfig:
@@ -105,7 +94,6 @@ def run(
             raise UserError([f"--from: {from_!r} is no stage; stages are {', '.join(plan.names)}"])
         with console.status("starting Prefect's server"):
             ready()
-        settings = on_running_cluster(settings)
         with terminal():
             state = start_flow(settings, root, from_)
         result = ended(state, settings, root)
@@ -129,15 +117,6 @@ def start_flow(settings: RunConfig, root: str, from_: str | None) -> Any:
     return distill(settings, root, from_, return_state=True)
 
 
-def on_running_cluster(settings: RunConfig) -> RunConfig:
-    """The settings with the Ray head of ``switchyard up``, if it runs and they name no other."""
-    up = running_local()
-    if not up or settings.resources.ray_address:
-        return settings
-    resources = settings.resources.model_copy(update={"ray_address": up.ray_address})
-    return settings.model_copy(update={"resources": resources})
-
-
 def ended(state: Any, settings: RunConfig, root: str) -> dict[str, Any]:
     """The facts of a flow run that ended, well or not. UserError where a stage found a mistake of the user's."""
     from flows.record import load_record, outcome, run_id
@@ -148,8 +127,11 @@ def ended(state: Any, settings: RunConfig, root: str) -> dict[str, Any]:
         done: dict[str, Any] = state.result()
         return done
     record = last_record(store, settings.name) if settings.recurring else load_record(store, run_id(settings))
-    if record is None or (record.state == "Completed" and not state.is_completed()):
-        # It ended before its first stage, or after its last one.
+    if record is None:
+        # Its own look at the plan found what had not stood in the way a moment ago.
+        raise UserError([state.message])
+    if record.state == "Completed" and not state.is_completed():
+        # It ended after its last stage.
         raise RuntimeError(state.message)
     if record.state == "Running":
         # The fault that ended it kept its record from being written, too.
@@ -221,7 +203,7 @@ def deep_parity(settings: RunConfig, root: str) -> dict[str, Any]:
     from flows.tables import parity_table
 
     with terminal():
-        state: Any = deep_check(on_running_cluster(settings), root, return_state=True)
+        state: Any = deep_check(settings, root, return_state=True)
     if not state.is_completed():
         raise UserError([state.message])
     found: dict[str, Any] = state.result()

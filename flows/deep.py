@@ -11,6 +11,7 @@ from prefect.states import Cancelled, Failed
 
 from flows.cycle import Start, look
 from flows.distill import prepare
+from flows.local import on_running_cluster
 from flows.runner import Runner, StageCancelled, StageFailed
 from flows.story import on_gpu
 from infra.manifest import load_manifest
@@ -22,7 +23,7 @@ from tasks.config import RunConfig
 def deep_check(config: RunConfig, root: str) -> Any:
     """The largest and mean difference of log-probabilities for teacher and student, by role."""
     try:
-        start = look(config, open_store(root))
+        start = look(on_running_cluster(config), open_store(root))
         with Runner.open(start.config, root, run=f"{start.run}-deep") as runner:
             return compare(runner, start)
     except StageCancelled as cancelled:

@@ -12,10 +12,10 @@ from prefect import flow, get_run_logger
 from prefect.states import Cancelled, Failed
 
 from flows.cycle import identities
-from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed
+from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed, run_name
 from flows.story import Pipeline
 from infra.faults import fault_of
-from tasks.config import RunConfig
+from tasks.config.preset import Settings
 from tasks.promoted import Promotion
 
 
@@ -231,14 +231,18 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     )
 
 
-@flow(name="distill", flow_run_name="{config.name}", log_prints=False)
-def distill(config: RunConfig, root: str = "runs/default", redo_from: str | None = None) -> Any:
+@flow(name="distill", flow_run_name=run_name, log_prints=False, validate_parameters=False)
+def distill(config: Settings, root: str = "runs/default", redo_from: str | None = None) -> Any:
     """Distil the teacher into the student: prompts in, a promoted student and its report out."""
-    if config.recurring:
-        return Failed(message="recurring: this flow runs once: use distill-recurring, or leave the section out")
+    # The plan follows this story, so it knows this file.
+    from flows.prelude import planned
+
     try:
-        with Runner.open(config, root, redo_from) as runner:
-            found = {**identities(config, {}), "promoted": runner.record.promoted}
+        settings = planned(config, root, redo_from)
+        if settings.recurring:
+            return Failed(message="recurring: this flow runs once: use distill-recurring, or leave the section out")
+        with Runner.open(settings, root, redo_from) as runner:
+            found = {**identities(settings, {}), "promoted": runner.record.promoted}
             try:
                 story(runner, found)
             except StageDamaged as damaged:

@@ -17,6 +17,7 @@ from flows.story import on_gpu
 from infra.files import list_files
 from infra.store import open_store
 from tasks.config import RunConfig
+from tasks.config.evaluation import Evaluation
 from tasks.config.models import GgufModel, HuggingFaceModel, PromotedModel, PrunedModel, StudentSource
 from tasks.config.prompts import InboxSource, ReasoningGymSource
 from tasks.models import ROLES, identity
@@ -56,6 +57,17 @@ def sources_readable(config: RunConfig) -> list[str]:
 def list_inbox(source: InboxSource) -> None:
     """ValueError where it cannot be listed. An empty one is as it should be."""
     deque(list_files(source.path), maxlen=0)
+
+
+def measurable(evaluation: Evaluation, root: str) -> list[str]:
+    """The same for an evaluation alone."""
+    found = problem("--root", partial(writable, root))
+    found += problem("model", partial(identity, evaluation.model))
+    for number, source in enumerate(evaluation.problems):
+        found += problem(f"problems.{number}", partial(check_source, source))
+    if evaluation.verifier != "auto":
+        found += problem("verifier", partial(check_verifier, evaluation.verifier))
+    return found or places(evaluation.settings(), root)
 
 
 def writable(root: str) -> None:

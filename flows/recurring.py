@@ -15,12 +15,14 @@ from flows.artifacts import name_run
 from flows.cycle import NothingToDo, Start, begin
 from flows.distill import story
 from flows.record import RunRecord, load_record
-from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed
+from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed, run_name
+from infra.faults import fault_of
 from infra.manifest import load_manifest
 from infra.store import Store, open_store
 from tasks.config import RunConfig
+from tasks.config.preset import Settings
 from tasks.ledger import read_ledger, update
-from tasks.stage import StageSpec, one_line
+from tasks.stage import StageSpec
 
 
 class CycleRunner(Runner):
@@ -53,28 +55,34 @@ class CycleRunner(Runner):
         )
 
 
-@flow(name="distill-recurring", flow_run_name="{config.name} looks for prompts", log_prints=False)
-def distill_recurring(config: RunConfig, root: str = "runs/default") -> Any:
+@flow(name="distill-recurring", flow_run_name=run_name, log_prints=False, validate_parameters=False)
+def distill_recurring(config: Settings, root: str = "runs/default") -> Any:
     """Distil what is new: prompts no run took before in, a student that beats the promoted one out, or a reason."""
-    if config.recurring is None:
-        return Failed(message="recurring: a recurring run needs this section: add it, {} will do")
+    # The plan follows the story, so it knows its file.
+    from flows.prelude import planned
+
     try:
-        return cycle(config, root)
+        settings = planned(config, root)
+        if settings.recurring is None:
+            return Failed(message="recurring: a recurring run needs this section: add it, {} will do")
+        return cycle(settings, root)
     except NothingToDo as nothing:
-        name_run(f"{config.name}: {str(nothing).partition(';')[0].partition(':')[0]}")
+        name_run(f"{settings.name}: {str(nothing).partition(';')[0].partition(':')[0]}")
         return Completed(message=str(nothing), data=nothing_done(str(nothing)))
     except StageCancelled as cancelled:
         return Cancelled(message=str(cancelled))
     except StageFailed as failed:
         return Failed(message=str(failed))
+    except Exception as error:
+        fault = fault_of(error)
+        if fault is None:
+            raise
+        return Failed(message=fault.line)
 
 
 def cycle(config: RunConfig, root: str) -> Any:
     """One cycle of the ledger, from where it stands to its end."""
-    try:
-        start = begin(config, open_store(root))
-    except ValueError as mistake:
-        return Failed(message=one_line(mistake))
+    start = begin(config, open_store(root))
     assert start.cycle
     files = len(start.cycle.all_files)
     name_run(f"{config.name} {start.cycle.number}" + (f", {files} new file{'s' * (files != 1)}" if files else ""))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from tasks.config.base import Config
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
@@ -14,6 +14,8 @@ from tasks.config.prompts import InboxSource, PromptsConfig
 from tasks.config.recurring import Recurring
 from tasks.config.signals import Budget, Distributions, Sampling, Signals
 from tasks.config.train import TrainConfig
+
+NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 
 
 class SamplingConfig(Config):
@@ -49,7 +51,9 @@ class Resources(Config):
 class RunConfig(Config):
     """A distillation, from prompts to a promoted student."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    model_config = ConfigDict(title="Settings")
+
+    name: str = Field(pattern=NAME)
     """Name of the run: lower-case letters, digits, hyphens."""
     seed: int = 0
     """Seed of everything that is drawn."""
