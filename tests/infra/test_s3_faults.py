@@ -24,14 +24,25 @@ def proxy(s3_server: str) -> Iterator[FaultyProxy]:
         yield running
 
 
+# Faults that only a client's patience ends.
+SILENT = {"timeout", "lost answer, silence", "stalled body"}
+
+
 @pytest.fixture
-def store(proxy: FaultyProxy, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Store:
-    """A store behind the proxy that gives a silent server up after 0.3 s and repeats at once."""
+def store(
+    proxy: FaultyProxy,
+    s3_bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> S3Store:
+    """A store behind the proxy that repeats at once; its patience is short only where silence is the fault."""
     from botocore.retries.standard import ExponentialBackoff
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
-    return S3Store(s3_bucket, "some/prefix", cache=tmp_path / "cache", silence=0.3)
+    fault = getattr(request.node, "callspec", None) and request.node.callspec.params.get("fault")
+    return S3Store(s3_bucket, "some/prefix", cache=tmp_path / "cache", silence=0.4 if fault in SILENT else 60)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -101,7 +101,9 @@ class Access:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    # Workers import the engines from here.
+    paths = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=paths)
     yield
     ray.shutdown()
 

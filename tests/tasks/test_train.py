@@ -196,7 +196,7 @@ def test_a_worker_killed_midway_costs_steps_but_no_result(
     killer.join()
     # A kill in the middle of a checkpoint leaves half a folder; in the middle of Ray Train's list, half of that.
     half = folder / "checkpoint_9999-cut-off"
-    shutil.copytree(max(folder.glob("checkpoint_*")), half)
+    shutil.copytree(max(path for path in folder.glob("checkpoint_*") if path.is_dir()), half)
     (half / "weights.safetensors").write_bytes((half / "weights.safetensors").read_bytes()[:1000])
     listed = folder / "checkpoint_manager_snapshot.json"
     listed.write_text(listed.read_text()[:50])
