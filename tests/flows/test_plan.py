@@ -66,6 +66,18 @@ def test_a_changed_setting_redoes_exactly_what_it_touches(planned: Callable[...,
     assert changes(lambda data: data["engines"]["teacher"].update(max_num_seqs=8)) == set()
 
 
+def test_calibrated_keeping_depends_on_which_prompts_are_validation(planned: Callable[..., Plan]) -> None:
+    def keeping(calibrate: dict[str, Any] | None, share: float) -> list[str]:
+        def change(data: dict[str, Any]) -> None:
+            data["signals"]["keep"]["calibrate"] = calibrate
+            data["train"]["validation_share"] = share
+
+        return [stage.fingerprint for stage in planned(change).stages if stage.name.endswith("keep")]
+
+    assert keeping(None, 0.1) == keeping(None, 0.2)
+    assert not set(keeping({}, 0.1)) & set(keeping({}, 0.2))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
