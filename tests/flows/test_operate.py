@@ -136,7 +136,7 @@ def test_a_run_from_the_form_to_its_artifacts(operator: Operator, up: Up, tmp_pa
     print(f"nothing was left {time.monotonic() - began:.1f} s after the cancel")
     assert up.wait(run, seconds=60)["type"] == "CANCELLED"
     jobs = up.ray.get("/api/jobs/").json()
-    assert all(job["status"] != "RUNNING" for job in jobs if job["metadata"].get("root") == root.as_posix())
+    assert all(job["status"] != "RUNNING" for job in jobs if (job["metadata"] or {}).get("root") == str(root))
     operator.shoot("cancelled")
 
     # The same parameters again: it continues.
