@@ -38,7 +38,7 @@ def make_pool() -> None:
 
 
 def put(entry: dict[str, Any]) -> str:
-    deployment = load_flow_from_entrypoint(entry["entrypoint"]).to_deployment(
+    deployment: Any = load_flow_from_entrypoint(entry["entrypoint"]).to_deployment(
         name=entry["name"],
         version=entry["version"],
         tags=entry["tags"],

@@ -11,7 +11,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
-from prefect import flow, get_run_logger
+from prefect import State, flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
@@ -57,7 +57,7 @@ def zombies(silence: timedelta) -> list[dict[str, str]]:
                 continue
             assert run.state is not None
             since = f"no sign of life since {beat:%Y-%m-%d %H:%M:%S} UTC"
-            state = Cancelled(message=since) if run.state.is_cancelling() else Crashed(message=since)
+            state: State[Any] = Cancelled(message=since) if run.state.is_cancelling() else Crashed(message=since)
             client.set_flow_run_state(run.id, state, force=True)
             get_run_logger().warning("flow run %s: %s", run.name, since)
             ended.append({"what": "flow run", "name": run.name, "why": since})

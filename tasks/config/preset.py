@@ -11,6 +11,7 @@ from tasks.config.run import RunConfig, load_config
 
 FOLDER = Path(__file__).parent.parent.parent / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+SHIPPED: dict[str, Any] = {"enum": NAMES}
 
 
 def known(name: str) -> str:
@@ -22,7 +23,7 @@ def known(name: str) -> str:
 class Preset(Config):
     """One of the shipped configurations, with changes."""
 
-    preset: Annotated[str, AfterValidator(known)] = Field(json_schema_extra={"enum": NAMES})
+    preset: Annotated[str, AfterValidator(known)] = Field(json_schema_extra=SHIPPED)
     """Which configuration. ``gsm8k`` and ``dolly`` want the paths of your files as changes."""
     changes: list[Annotated[str, Field(pattern="^[^=]+=")]] = Field(default_factory=list)
     """Settings to change, each as ``key.path=value``, such as ``train.steps=200``."""
