@@ -75,7 +75,7 @@ class Loop:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            size, rows = self.config.micro_batch, ", ".join(self.feed.names(load.draws))
+            size, rows = self.config.micro_batch, ", ".join(draw.name for draw in load.draws)
             raise MemoryError(f"step {state.step + 1}: out of memory at train.micro_batch {size} on {rows}") from error
         self.student.sum_gradients()
         norm = full(torch.nn.utils.clip_grad_norm_(self.student.trained().values(), self.config.clip_norm)).item()
