@@ -94,57 +94,91 @@ def at_work(up: Up, before: set[int]) -> list[str]:
     return found
 
 
-def test_a_run_from_the_form_to_its_artifacts(operator: Operator, up: Up, tmp_path: Path) -> None:
-    page, root = operator.page, tmp_path / "root"
-    tiny.save_model(tmp_path / "teacher", seed=1)
+def start_from_form(operator: Operator, up: Up, folder: Path) -> str:
+    """Fill the form for a tiny run whose results lie at ``folder/root``; returns the flow run's id."""
+    tiny.save_model(folder / "teacher", seed=1)
     # Deployments keep what their users start from.
-    start = {"config": marked(tiny.settings(tmp_path)), "root": str(root)}
-    reply = up.api.patch(f"/deployments/{up.deployment('distill')['id']}", json={"parameters": start})
-    reply.raise_for_status()
-    before = {process.pid for process in processes_with(up.facts["token"])}
-
-    # Fill the form: a plain field, and another choice of a union, which stays chosen.
+    start = {"config": marked(tiny.settings(folder)), "root": str(folder / "root")}
+    deployment = up.deployment("distill")["id"]
+    up.api.patch(f"/deployments/{deployment}", json={"parameters": start}).raise_for_status()
     operator.open_form()
     operator.field("Name").locator("textarea").fill("browser")
+    # Another choice of a union stays chosen while its fields are filled.
     gate = operator.field("Gate (Optional)")
     gate.scroll_into_view_if_needed()
     gate.get_by_text("Linear", exact=True).click()
     gate.locator(".schema-form-property", has_text="Floor (Optional)").locator("input").first.fill("0.25")
     operator.shoot("form")
     run = operator.submit()
-    parameters = up.ask(f"/flow_runs/{run}")["parameters"]
-    assert parameters["config"]["name"] == "browser"
-    assert parameters["config"]["train"]["method"]["gate"] == {"linear": True, "floor": 0.25}
+    config = up.ask(f"/flow_runs/{run}")["parameters"]["config"]
+    assert config["name"] == "browser"
+    assert config["train"]["method"]["gate"] == {"linear": True, "floor": 0.25}
+    return run
 
-    # Until an engine and a training are at work. The page draws its graph all the time, and would take their cores.
-    page.goto("about:blank")
+
+def watch(operator: Operator, up: Up, run: str, before: set[int], *kinds: str) -> None:
+    """Wait until processes of all these kinds are at work, and look at the run's page."""
+    # The page draws its graph all the time, and would take their cores.
+    operator.page.goto("about:blank")
     deadline = time.monotonic() + SECONDS
-    while not all(any(kind in title for title in at_work(up, before)) for kind in ("ray::Engine", "TrainWorker")):
+    while not all(any(kind in title for title in at_work(up, before)) for kind in kinds):
         assert up.state(run)["type"] in ("SCHEDULED", "PENDING", "RUNNING"), up.state(run)
         assert time.monotonic() < deadline
         time.sleep(1)
-    page.goto(f"{up.ui}/runs/flow-run/{run}")
+    operator.page.goto(f"{up.ui}/runs/flow-run/{run}")
     operator.shoot("running")
 
-    # Cancel it: nothing of it is left at work.
-    page.get_by_role("button", name="Cancel", exact=True).click()
-    page.get_by_role("button", name="Confirm").click()
+
+def cancel(operator: Operator, up: Up, run: str, before: set[int]) -> None:
+    """Cancel the run on its page: nothing of it is left at work."""
+    operator.page.get_by_role("button", name="Cancel", exact=True).click()
+    operator.page.get_by_role("button", name="Confirm").click()
     began = time.monotonic()
     while working := at_work(up, before):
         assert time.monotonic() - began < CANCEL_SECONDS, working
         time.sleep(0.1)
     print(f"nothing was left {time.monotonic() - began:.1f} s after the cancel")
     assert up.wait(run, seconds=60)["type"] == "CANCELLED"
-    jobs = up.ray.get("/api/jobs/").json()
-    assert all(job["status"] != "RUNNING" for job in jobs if (job["metadata"] or {}).get("root") == str(root))
     operator.shoot("cancelled")
 
-    # The same parameters again: it continues.
-    page.locator(".flow-run-menu").click()
-    page.get_by_text("Copy to new run").click()
+
+def start_again(operator: Operator, up: Up, run: str) -> str:
+    """Copy the run whose page is open to a new one; returns the new one's id."""
+    operator.page.locator(".flow-run-menu").click()
+    operator.page.get_by_text("Copy to new run").click()
     again = operator.submit()
     assert again != run
-    assert up.ask(f"/flow_runs/{again}")["parameters"] == parameters
+    assert up.ask(f"/flow_runs/{again}")["parameters"] == up.ask(f"/flow_runs/{run}")["parameters"]
+    return again
+
+
+@pytest.fixture
+def before(up: Up) -> set[int]:
+    """Processes that were there before the run."""
+    return {process.pid for process in processes_with(up.facts["token"])}
+
+
+def test_a_run_is_started_from_the_form_cancelled_and_started_again(
+    operator: Operator, up: Up, tmp_path: Path, before: set[int]
+) -> None:
+    run = start_from_form(operator, up, tmp_path)
+    watch(operator, up, run, before, "prefect.engine", "infra.engine_room", "tasks.models")
+    cancel(operator, up, run, before)
+    again = start_again(operator, up, run)
+    up.wait(again, "RUNNING", seconds=SECONDS)
+    up.ask(f"/flow_runs/{again}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+    assert up.wait(again, seconds=SECONDS)["type"] == "CANCELLED"
+
+
+@pytest.mark.long
+def test_a_run_cancelled_in_its_training_continues_to_its_artifacts(
+    operator: Operator, up: Up, tmp_path: Path, before: set[int]
+) -> None:
+    page, root = operator.page, tmp_path / "root"
+    run = start_from_form(operator, up, tmp_path)
+    watch(operator, up, run, before, "ray::Engine", "TrainWorker")
+    cancel(operator, up, run, before)
+    again = start_again(operator, up, run)
 
     # Prefect's server dies meanwhile, and comes back: the run goes on.
     up.wait(again, "RUNNING", seconds=SECONDS)
@@ -157,7 +191,6 @@ def test_a_run_from_the_form_to_its_artifacts(operator: Operator, up: Up, tmp_pa
     assert {"models", "prompts", "warmup-annotate", "warmup-keep"} <= reused
     assert not {"train", "evaluate-before", "evaluate-after", "report"} & reused
 
-    # Its artifacts.
     left = up.artifacts(again)
     assert {"plan", "stages", "metrics", "funnel", "spending", "report", "summary"} <= set(left)
     page.goto(f"{up.ui}/runs/flow-run/{again}")
