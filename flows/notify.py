@@ -61,7 +61,7 @@ def webhook_on_promotion(url: str, pipeline: str = "*") -> UUID:
 
     name = "all" if pipeline == "*" else pipeline
     block = Webhook.model_validate({"url": url, "headers": {"Content-Type": "application/json"}})
-    document = block.save(f"switchyard-promotions-{name}", overwrite=True)
+    document: Any = block.save(f"switchyard-promotions-{name}", overwrite=True)
     automation: Any = Automation(
         name=f"switchyard promotions of {name}",
         description="Calls a webhook for every promoted student",

@@ -31,10 +31,12 @@ def packed(*models: nn.Module) -> Iterator[None]:
     A frozen model's packed weights stay with it (as much memory again) and are used the next time; those of a model
     that trains are packed anew. Where nothing can be packed (a GPU, another dtype, a sharded model), nothing changes.
     """
-    layers = [module for model in set(models) for module in model.modules() if packable(module)]
+    modules = [module for model in set(models) for module in model.modules() if packable(module)]
+    layers = [module for module in modules if isinstance(module, nn.Linear)]
     try:
         for layer in layers:
-            layer.forward = partial(_linear, _packed(layer), layer.bias)  # type: ignore[method-assign]
+            # Beside the class's own method, so that its end is to forget it.
+            layer.__dict__["forward"] = partial(_linear, _packed(layer), layer.bias)
         yield
     finally:
         for layer in layers:

@@ -22,7 +22,7 @@ from infra.lease import lease_path
 from infra.store import LocalStore
 
 SECONDS = 900
-LOCAL = ("distill", "evaluate", "reap")
+LOCAL = ("distill", "distill-recurring", "evaluate", "reap")
 # What a deployment says, beside ids and times.
 SAID = (
     *("entrypoint", "parameters", "tags", "version", "description", "work_pool_name", "job_variables"),
