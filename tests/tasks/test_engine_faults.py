@@ -179,6 +179,7 @@ def test_an_engine_that_hangs_is_started_again_at_its_deadline(pool: EnginePool)
     assert [results[key]["text"][0].as_py() for key in range(3)] == ["a", "hangs once", "b"]
 
 
+@pytest.mark.long
 def test_a_question_that_kills_the_assistant_has_no_score(pool: EnginePool) -> None:
     ((_, scores),) = pool.map([(0, Call("choice", (MODEL.model_dump(), ["x", "deadly", "xyz"]), {}))])
     assert scores[0] == 0.01
@@ -186,6 +187,7 @@ def test_a_question_that_kills_the_assistant_has_no_score(pool: EnginePool) -> N
     assert scores[2] == 0.03
 
 
+@pytest.mark.long
 def test_an_engine_that_survives_nothing_is_an_error(pool: EnginePool) -> None:
     with pytest.raises(EngineLost):
         dict(pool.map(shards(["deadly"] * 4)))

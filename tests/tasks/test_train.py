@@ -112,7 +112,11 @@ def test_sft_stage_commits_a_student(
     assert marks[-1]["unit"] == "steps"
 
 
-@pytest.mark.parametrize("method", [SWITCH, MINILLM, DISTILLM], ids=lambda method: method["type"])
+@pytest.mark.parametrize(
+    "method",
+    [SWITCH, *(pytest.param(method, marks=pytest.mark.long) for method in (MINILLM, DISTILLM))],
+    ids=lambda method: method["type"],
+)
 def test_stage_on_two_workers_is_that_on_one(
     cluster: None, store: LocalStore, inputs: dict[str, str], tmp_path: Path, method: dict[str, Any]
 ) -> None:
