@@ -34,7 +34,7 @@ class Decision(NamedTuple):
 
     promoted: bool
     reason: str
-    checks: tuple[Check, ...] = ()
+    checks: tuple[Check, ...] = ()  # where there were several
 
 
 def decide(results: Results, promote: PromoteConfig, has_student: bool, rival: Rival | None) -> Decision:
@@ -48,7 +48,7 @@ def decide(results: Results, promote: PromoteConfig, has_student: bool, rival: R
     if rival:
         found += limits(results, promote, label)
     failed = [check.text for check in found if not check.passed]
-    return Decision(not failed, "; ".join(failed) or found[0].text, tuple(found))
+    return Decision(not failed, "; ".join(failed) or found[0].text, tuple(found) if len(found) > 1 else ())
 
 
 def beats(results: Results, promote: PromoteConfig, label: str, called: str) -> Check:
