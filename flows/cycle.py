@@ -1,7 +1,7 @@
 """What a run begins with: its settings as they stand now, what models and sources hold, and what earlier runs left.
 
 A run that stands alone begins with its settings. Of runs that follow each other (section ``recurring``) each begins
-with a cycle of the ledger: the one that was left open, or a new one with the files and the teacher queries there are.
+with a cycle of this pipeline: the one that was left open, or a new one with the files and the teacher queries there are.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from infra.store import Store
 from tasks.config import RunConfig
 from tasks.config.models import PromotedModel
 from tasks.config.prompts import InboxSource
+from tasks.cycles import Cycle, Cycles, change, read_cycles
 from tasks.inbox import InboxFile, arrived, current, expand
-from tasks.ledger import Cycle, Ledger, change, read_ledger
 from tasks.models import ROLES
 from tasks.models import identity as model_identity
 from tasks.sources import identity as source_identity
@@ -38,24 +38,24 @@ def look(config: RunConfig, store: Store) -> Start:
     """What a run would begin with, changing nothing. NothingToDo where it would end at once."""
     if config.recurring is None:
         return Start(config, run_id(config), identities(config, {}))
-    ledger, _ = read_ledger(store, config.name)
-    return start_of(config, ledger, next_cycle(config, ledger, datetime.now(UTC)))
+    cycles, _ = read_cycles(store, config.name)
+    return start_of(config, cycles, next_cycle(config, cycles, datetime.now(UTC)))
 
 
 def begin(config: RunConfig, store: Store, now: datetime | None = None) -> Start:
     """Open the next cycle, or go on with the open one. NothingToDo where there is nothing to begin with."""
 
-    def step(ledger: Ledger) -> Cycle:
-        cycle = next_cycle(config, ledger, now or datetime.now(UTC))
+    def step(cycles: Cycles) -> Cycle:
+        cycle = next_cycle(config, cycles, now or datetime.now(UTC))
         return cycle.model_copy(update={"run": run_of(config, cycle)})
 
     cycle = change(store, config.name, step)
-    return start_of(config, read_ledger(store, config.name)[0], cycle)
+    return start_of(config, read_cycles(store, config.name)[0], cycle)
 
 
-def next_cycle(config: RunConfig, ledger: Ledger, now: datetime) -> Cycle:
+def next_cycle(config: RunConfig, cycles: Cycles, now: datetime) -> Cycle:
     """The cycle left open, with the files it has if they are still the same or taken already; else a new one."""
-    last = ledger.last
+    last = cycles.last
     is_open = last is not None and last.state == "open"
     if last and is_open and (last.prompts or all(map(current, last.all_files))):
         return last
@@ -64,24 +64,24 @@ def next_cycle(config: RunConfig, ledger: Ledger, now: datetime) -> Cycle:
     for position, source in enumerate(config.prompts.sources):
         if isinstance(source, InboxSource):
             chosen = [file for others in files.values() for file in others]
-            files[position], late = arrived(source, [*ledger.taken, *chosen])
+            files[position], late = arrived(source, [*cycles.taken, *chosen])
             waiting |= late
     if files and not any(files.values()):
         raise NothingToDo("nothing new" + "".join(f"; {path} waits: {reason}" for path, reason in waiting.items()))
     if last and is_open:
         return last.model_copy(update={"files": files})
-    queries = allowance(config, ledger, f"{now:%Y-%m}")
+    queries = allowance(config, cycles, f"{now:%Y-%m}")
     return Cycle(number=last.number + 1 if last else 1, opened=now, files=files, queries=queries)
 
 
-def allowance(config: RunConfig, ledger: Ledger, month: str) -> int:
+def allowance(config: RunConfig, cycles: Cycles, month: str) -> int:
     """Teacher queries of a run: its own budget, or what is left of the month's. NothingToDo where that is too little to
     share among both stages."""
     assert config.recurring
     samples, limit = config.sampling.teacher.samples, config.recurring.queries_per_month
     prompts = config.budget.queries
     if limit is not None:
-        charged = ledger.charged(month)
+        charged = cycles.charged(month)
         prompts = min(prompts, (limit - charged) // samples)
         if prompts < 2 or not config.budget.model_copy(update={"queries": prompts}).warmup_queries:
             raise NothingToDo(f"no teacher queries left: {charged:,} of {limit:,} of {month} are used")
@@ -110,9 +110,9 @@ def run_of(config: RunConfig, cycle: Cycle) -> str:
     return f"{config.name}-{cycle.number:04d}"
 
 
-def start_of(config: RunConfig, ledger: Ledger, cycle: Cycle) -> Start:
+def start_of(config: RunConfig, cycles: Cycles, cycle: Cycle) -> Start:
     """What a cycle's run begins with."""
-    earlier = [known for known in ledger.done if known.number < cycle.number]
+    earlier = [known for known in cycles.done if known.number < cycle.number]
     after = {
         "number": cycle.number,
         "earlier": [known.prompts for known in earlier],

@@ -2,7 +2,7 @@
 
     switchyard run configs/recurring.yaml --root runs/weekly
 
-Each run is a cycle of the ledger (``tasks/ledger.py``). One that was killed, cancelled or failed is continued by the
+Each run is a cycle (``tasks/cycles.py``). One that was killed, cancelled or failed is continued by the
 next run; with nothing to do the run ends as completed, and says so.
 """
 
@@ -21,12 +21,12 @@ from infra.manifest import load_manifest
 from infra.store import Store, open_store
 from tasks.config import RunConfig
 from tasks.config.preset import Settings
-from tasks.ledger import read_ledger, update
+from tasks.cycles import read_cycles, update
 from tasks.stage import StageSpec
 
 
 class CycleRunner(Runner):
-    """A runner that notes in the ledger what its prompts stage took."""
+    """A runner that notes in its cycle what its prompts stage took."""
 
     start: Start
 
@@ -81,7 +81,7 @@ def distill_recurring(config: Settings, root: str = "runs/default") -> Any:
 
 
 def cycle(config: RunConfig, root: str) -> Any:
-    """One cycle of the ledger, from where it stands to its end."""
+    """One cycle, from where it stands to its end."""
     start = begin(config, open_store(root))
     assert start.cycle
     files = len(start.cycle.all_files)
@@ -109,5 +109,5 @@ def nothing_done(message: str) -> dict[str, Any]:
 
 def last_record(store: Store, name: str) -> RunRecord | None:
     """Of the latest cycle's run."""
-    last = read_ledger(store, name)[0].last
+    last = read_cycles(store, name)[0].last
     return load_record(store, last.run) if last else None

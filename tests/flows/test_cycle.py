@@ -17,7 +17,7 @@ from flows.story import Pipeline
 from infra.manifest import Manifest, commit_manifest, load_manifest, read_rows
 from infra.store import LocalStore, Store, open_store
 from tasks.config import RunConfig
-from tasks.ledger import Cycle, Ledger, read_ledger, update
+from tasks.cycles import Cycle, Cycles, read_cycles, update
 from tasks.promoted import promote
 from tasks.stage import Stage, StageSpec
 
@@ -62,7 +62,7 @@ def test_nothing_new_is_known_without_opening_anything(settings: Settings, store
     (tmp_path / "inbox" / "half.jsonl").write_text('{"prompt": "1 +')
     with pytest.raises(NothingToDo, match=r"^nothing new; .*half.jsonl waits: its last line is not whole$"):
         begin(settings(), store)
-    assert read_ledger(store, "tiny") == (Ledger(), None)
+    assert read_cycles(store, "tiny") == (Cycles(), None)
 
 
 def test_a_cycle_takes_what_is_there_and_a_later_one_what_came_since(
@@ -135,8 +135,8 @@ def test_a_month_is_never_exceeded(settings: Settings, store: Store, tmp_path: P
 def test_what_a_run_did_not_ask_is_left_to_the_month(settings: Settings) -> None:
     config = settings(queries_per_month=40)
 
-    def cycle(queries: int, state: str, month: int = 11) -> Ledger:
-        return Ledger(cycles=[Cycle(number=1, opened=NOVEMBER.replace(month=month), queries=queries, state=state)])
+    def cycle(queries: int, state: str, month: int = 11) -> Cycles:
+        return Cycles(cycles=[Cycle(number=1, opened=NOVEMBER.replace(month=month), queries=queries, state=state)])
 
     put(Path(config.prompts.sources[0].path).parent, "a.jsonl", 0)
     assert next_cycle(config, cycle(20, "done"), NOVEMBER).queries == 20
@@ -170,7 +170,7 @@ def test_the_plan_says_nothing_new_or_the_cycle(settings: Settings, store: Store
     first = plan_run(settings(), root)
     assert first.run.endswith("-0001")
     assert "replay" not in stages(first)
-    assert read_ledger(store, "tiny") == (Ledger(), None)
+    assert read_cycles(store, "tiny") == (Cycles(), None)
     finish(store, begin(settings(), store).cycle)
     put(tmp_path, "b.jsonl", 30)
     second = plan_run(settings(), root)

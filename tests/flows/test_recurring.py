@@ -11,7 +11,7 @@ import yaml
 from test_run import COMMAND, ROOT, SECONDS, finish, kill, start, wait_for_stage
 
 from infra.store import LocalStore
-from tasks.ledger import read_ledger
+from tasks.cycles import read_cycles
 from tasks.promoted import current
 
 
@@ -68,7 +68,7 @@ def test_weeks_of_a_pipeline(tmp_path: Path) -> None:
     assert prompts["facts"]["counts"]["heldout_before"] == 3
     assert list(prompts["facts"]["counts"]["sources"]) == ["inbox"]
 
-    done = read_ledger(store, "tiny")[0].cycles
+    done = read_cycles(store, "tiny")[0].cycles
     assert [cycle.state for cycle in done] == ["done", "done"]
     assert [[Path(file.path).name for file in cycle.all_files] for cycle in done] == [["a.jsonl"], ["b.jsonl"]]
     assert [cycle.queries for cycle in done] == [24, 24]

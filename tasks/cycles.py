@@ -1,4 +1,4 @@
-"""The ledger of runs that follow each other: which prompts each took, what it may ask of the teacher, what it kept.
+"""The cycles of runs that follow each other: which prompts each took, what it may ask of the teacher, what it kept.
 
 ``recurring/<name>.json`` holds all cycles of a pipeline, and changes by ``swap`` only. A cycle is opened with its files
 and its queries set aside in one change, so no two runs take the same file, and a month's queries are never exceeded. It
@@ -37,7 +37,7 @@ class Cycle(BaseModel):
         return [file for files in self.files.values() for file in files]
 
 
-class Ledger(BaseModel):
+class Cycles(BaseModel):
     """All cycles, in order."""
 
     format: Literal[1] = 1
@@ -59,38 +59,38 @@ class Ledger(BaseModel):
         """Queries of a month, those set aside by a run that goes on included."""
         return sum(cycle.queries for cycle in self.cycles if cycle.month == month)
 
-    def with_last(self, cycle: Cycle) -> "Ledger":
-        """The ledger with this cycle as it is now, or as a new one."""
-        return Ledger(cycles=[*(known for known in self.cycles if known.number != cycle.number), cycle])
+    def with_last(self, cycle: Cycle) -> "Cycles":
+        """All of them, this one as it is now or as a new one."""
+        return Cycles(cycles=[*(known for known in self.cycles if known.number != cycle.number), cycle])
 
 
-def ledger_path(name: str) -> str:
+def cycles_path(name: str) -> str:
     return f"recurring/{name}.json"
 
 
-def read_ledger(store: Store, name: str) -> tuple[Ledger, bytes | None]:
-    """The ledger and the bytes it was read from; an empty one before the first run."""
+def read_cycles(store: Store, name: str) -> tuple[Cycles, bytes | None]:
+    """All cycles and the bytes they were read from; none before the first run."""
     try:
-        data = store.read(ledger_path(name))
+        data = store.read(cycles_path(name))
     except FileNotFoundError:
-        return Ledger(), None
-    return Ledger.model_validate_json(data), data
+        return Cycles(), None
+    return Cycles.model_validate_json(data), data
 
 
-def change(store: Store, name: str, step: Callable[[Ledger], Cycle]) -> Cycle:
-    """Enter the cycle that ``step`` makes of the ledger; where another writer comes first, of what it left."""
+def change(store: Store, name: str, step: Callable[[Cycles], Cycle]) -> Cycle:
+    """Enter the cycle that ``step`` makes of those known; where another writer comes first, of what it left."""
     while True:
-        ledger, data = read_ledger(store, name)
-        cycle = step(ledger)
-        if store.swap(ledger_path(name), data, ledger.with_last(cycle).model_dump_json(indent=1).encode()):
+        cycles, data = read_cycles(store, name)
+        cycle = step(cycles)
+        if store.swap(cycles_path(name), data, cycles.with_last(cycle).model_dump_json(indent=1).encode()):
             return cycle
 
 
 def update(store: Store, name: str, number: int, **fields: object) -> Cycle:
     """Note down what became of a cycle."""
 
-    def step(ledger: Ledger) -> Cycle:
-        known = next(cycle for cycle in ledger.cycles if cycle.number == number)
+    def step(cycles: Cycles) -> Cycle:
+        known = next(cycle for cycle in cycles.cycles if cycle.number == number)
         return Cycle.model_validate({**known.model_dump(), **fields})
 
     return change(store, name, step)
