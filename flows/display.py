@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from infra.manifest import Manifest
 
 # What of a progress event is worth a glance, in this order.
-FACTS = ("now", "loss", "tokens_per_second", "intervention_rate")
+FACTS = ("now", "loss", "tokens_per_second", "intervention_rate", "left")
 
 
 def shown(value: Any) -> str:

@@ -14,6 +14,8 @@ from prefect.states import Cancelled, Failed
 from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed
 from flows.story import Pipeline
 from tasks.config import RunConfig
+from tasks.config.run import OPERATIONAL
+from tasks.ledger import Caps, caps_of
 from tasks.models import ROLES, identity
 from tasks.sources import identity as source_identity
 
@@ -39,8 +41,8 @@ def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
             "prompts": plain["prompts"],
             "identities": found["sources"],
             "seed": config.seed,
-            "warmup": config.budget.warmup_queries,
-            "queries": config.budget.queries,
+            "warmup": config.warmup_prompts,
+            "queries": config.warmup_prompts + config.selected_prompts,
             "candidates": config.signals.candidates,
             "chat_template_args": config.models.chat_template_args,
         },
@@ -57,12 +59,19 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     template_args, compares = config.models.chat_template_args, config.train.method.compares
     shared = {"shard_size": shard_size, "template_args": template_args}
 
-    def annotate(name: str, table: str, prompts: str) -> str:
-        """The teacher answers."""
+    def annotate(name: str, table: str, prompts: str, caps: Caps, **before: str) -> str:
+        """The teacher answers, as far as the budget goes. ``before``: an earlier stage charged to it."""
         settings = {"role": "teacher", "engine": "teacher", "table": table, "sampling": plain["sampling"]["teacher"]}
         kept = {"logprobs": compares, "distributions": plain["sampling"]["distributions"]}
-        settings |= {**kept, **shared, "seed": config.seed}
-        return stage(name, "tasks.sample", settings, models=models, prompts=prompts)
+        charged = {"caps": caps.model_dump(mode="json"), "charged_by": next(iter(before), "").replace("_", "-") or None}
+        settings |= {
+            **kept,
+            **shared,
+            **charged,
+            "seed": config.seed,
+            "prompt_tokens": config.prompts.max_prompt_tokens,
+        }
+        return stage(name, "tasks.sample", settings, models=models, prompts=prompts, **before)
 
     def keep(name: str, table: str, prompts: str, samples: str) -> str:
         """The TA scores the teacher's answers; a rule keeps or drops them."""
@@ -73,7 +82,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     models, prompts = prepare(pipeline, found)
 
     # Warm up: a small share of the budget on random prompts makes a student whose signals mean something.
-    warmup_samples = annotate("warmup-annotate", "warmup", prompts)
+    warmup_samples = annotate("warmup-annotate", "warmup", prompts, caps_of(budget, budget.warmup_share))
     warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_samples)
     warmup = stage(
         "warmup-train",
@@ -107,7 +116,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         {
             "select": plain["signals"]["select"],
             "confidence": plain["signals"]["confidence"],
-            "queries": budget.queries - budget.warmup_queries,
+            "queries": config.selected_prompts,
             "seed": config.seed,
             **shared,
         },
@@ -117,7 +126,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     )
 
     # Annotate: the rest of the budget, on the selected prompts.
-    samples = annotate("annotate", "selected", selected)
+    samples = annotate("annotate", "selected", selected, caps_of(budget), warmup_annotate=warmup_samples)
     kept = keep("keep", "selected", selected, samples)
 
     # Train: SWITCH on the student's own sequences, mixed with everything kept.
@@ -177,7 +186,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         {
             "name": config.name,
             "seed": config.seed,
-            "config": config.model_dump(mode="json", exclude={"resources", "engines", "device"}),
+            "config": config.model_dump(mode="json", exclude=OPERATIONAL),
             "evaluate": plain["evaluate"],
             "promote": plain["promote"],
             "budget": plain["budget"],

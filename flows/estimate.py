@@ -64,7 +64,7 @@ def candidates(config: RunConfig) -> int:
         if isinstance(source, ReasoningGymSource)
         for task in source.tasks
     )
-    left = max(0, known - config.prompts.heldout - config.budget.warmup_queries)
+    left = max(0, known - config.prompts.heldout - config.warmup_prompts)
     return min(config.signals.candidates or left, left) if known else config.signals.candidates or 0
 
 
@@ -96,7 +96,7 @@ def estimate(config: RunConfig) -> Estimate:
         flops += 2 * (student + asked) * rollout * train / decode
         result.stages[name] = Cost(settings.steps, tokens, 2 * start + flops / train)
 
-    warmup, rest = config.budget.warmup_queries, config.budget.queries - config.budget.warmup_queries
+    warmup, rest = config.warmup_prompts, config.selected_prompts
     asked, heldout = candidates(config), config.prompts.heldout
     written, own = config.sampling.teacher, config.sampling.student
     sample("warmup-annotate", warmup, written.samples, written.max_tokens, teacher)
@@ -113,7 +113,7 @@ def estimate(config: RunConfig) -> Estimate:
     for name, starts in (("models", 2), ("prompts", 1), ("report", 1)):
         result.stages[name] = Cost(seconds=starts * start)
 
-    result.teacher_queries = config.budget.queries * written.samples
+    result.teacher_queries = (warmup + rest) * written.samples
     width = 2 if gpu else 4
     serving = {
         repr(getattr(config.models, role)): parameters(getattr(config.models, role))

@@ -76,9 +76,10 @@ def enough(config: RunConfig) -> list[str]:
     aside = 0 if config.prompts.heldout_sources else config.prompts.heldout
     if all(isinstance(source, ReasoningGymSource) for source in sources):
         left = sum(generated) - aside
-        if config.budget.queries > left:
+        needed = config.warmup_prompts + config.selected_prompts
+        if needed > left:
             return [
-                f"budget.queries: {config.budget.queries} queries need as many prompts, prompts.sources give {left} "
+                f"budget.queries: {config.budget.queries} queries need {needed} prompts, prompts.sources give {left} "
                 "beside the held-out ones: lower it, or raise the sizes"
             ]
     return []

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from infra.manifest import Manifest, fingerprint, load_manifest
 from infra.store import Store
 from tasks.config import RunConfig
+from tasks.config.run import OPERATIONAL
 
 
 class StageRecord(BaseModel):
@@ -58,9 +59,7 @@ def record_path(run: str) -> str:
 
 def run_id(config: RunConfig) -> str:
     """Name and hash of what the run computes: the same settings are the same run, wherever its models are served."""
-    return (
-        f"{config.name}-{fingerprint(config.model_dump(mode='json', exclude={'resources', 'engines', 'device'}))[:8]}"
-    )
+    return f"{config.name}-{fingerprint(config.model_dump(mode='json', exclude=OPERATIONAL))[:8]}"
 
 
 def load_record(store: Store, run: str) -> RunRecord | None:

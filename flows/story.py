@@ -10,10 +10,11 @@ from typing import Any
 from infra.store import Store, open_store
 from tasks.config import RunConfig
 from tasks.config.signals import TopTokens
+from tasks.ledger import caps_of
 from tasks.stage import Runtime, StageSpec
 
 # Raised when a stage's code changes what it writes: older results are then made again.
-STAGE_VERSIONS = {"tasks.sample": 3, "tasks.keep": 2, "tasks.train": 2, "tasks.evaluate": 2}
+STAGE_VERSIONS = {"tasks.sample": 4, "tasks.keep": 2, "tasks.train": 2, "tasks.evaluate": 2}
 
 
 class Pipeline(ABC):
@@ -58,7 +59,7 @@ def on_gpu(config: RunConfig) -> bool:
 
 def runtime(config: RunConfig, run: str) -> Runtime:
     """Where stages run and how models are served."""
-    gpu, kept = on_gpu(config), config.sampling.distributions
+    gpu, kept, price = on_gpu(config), config.sampling.distributions, config.budget.price
 
     def engine(role: str) -> dict[str, Any]:
         own = getattr(config.engines, role).model_dump(mode="json")
@@ -72,4 +73,11 @@ def runtime(config: RunConfig, run: str) -> Runtime:
         workers=config.resources.train_workers,
         gpus_per_worker=config.resources.gpus_per_worker if gpu else 0,
         release_engines=config.resources.release_engines,
+        spending={
+            "caps": {
+                **caps_of(config.budget).model_dump(mode="json"),
+                "price": price and price.model_dump(mode="json"),
+            },
+            "factor": config.budget.spending_factor,
+        },
     )

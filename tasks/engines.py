@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ IN_FLIGHT = 2
 ROOM_SECONDS = 300.0
 # How often one shard is tried before its error is the stage's.
 SHARD_TRIES = 3
+END = object()
 
 
 @dataclass(frozen=True)
@@ -50,29 +51,39 @@ class EnginePool:
         self.names = ray.get(self.access.room().acquire.remote(self.spec.model_dump()))
         return [ray.get_actor(name) for name in self.names]
 
-    def map(self, calls: Iterable[tuple[Key, Call]]) -> Iterator[tuple[Key, Any]]:
-        """Results by key, as they come.
+    def map(
+        self, calls: Iterable[tuple[Key, Call] | None], again: Callable[[Key], Call | None] | None = None
+    ) -> Iterator[tuple[Key, Any]]:
+        """Results by key, as they come. None among the calls: the next one waits for a result.
 
-        A call whose engine died is made again; one whose engine raised costs that engine its life first, since a
-        raised error leaves an engine in a state nobody has checked.
+        A call whose engine died is made again, or the one that ``again`` puts in its place, which may have to wait for
+        a result too; one whose engine raised costs that engine its life first, since a raised error leaves an engine in
+        a state nobody has checked.
         """
         source = iter(calls)
         actors = self.actors()
         idle = deque(actor for _ in range(IN_FLIGHT) for actor in actors)
         running: dict[Any, tuple[Key, Call, Any, int]] = {}
-        again: deque[tuple[Key, Call, int]] = deque()
+        lost: deque[tuple[Key, Call, int]] = deque()
         while True:
+            following: Any = None
             while idle:
-                if again:
-                    key, call, tries = again.popleft()
+                if lost:
+                    key, call, tries = lost[0]
+                    replaced = again(key) if again else call
+                    if replaced is None:
+                        break
+                    lost.popleft()
+                    call = replaced
                 else:
-                    following = next(source, None)
-                    if following is None:
+                    following = next(source, END)
+                    if following is None or following is END:
                         break
                     (key, call), tries = following, 1
                 actor = idle.popleft()
                 running[call.on(actor)] = (key, call, actor, tries)
             if not running:
+                assert following is END, "a call that waits, waits for another's result"
                 return
             (reference, *_), _ = ray.wait(list(running), num_returns=1)
             key, call, actor, tries = running.pop(reference)
@@ -84,7 +95,7 @@ class EnginePool:
                 if tries == SHARD_TRIES:
                     raise
                 self.access.stage.log.warning("engine lost, a shard is sent again: %s", last_line(error))
-                again.append((key, call, tries + 1))
+                lost.append((key, call, tries + 1))
                 idle.append(self.revived(actor, kill=isinstance(error, RayTaskError)))
                 continue
             idle.append(actor)

@@ -7,12 +7,22 @@ import yaml
 from pydantic import Field, model_validator
 
 from tasks.config.base import Config
+from tasks.config.budget import Budget
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
 from tasks.config.methods import Sft
 from tasks.config.models import Engines, Models
 from tasks.config.prompts import PromptsConfig
-from tasks.config.signals import Budget, Distributions, Sampling, Signals
+from tasks.config.signals import Distributions, Sampling, Signals
 from tasks.config.train import TrainConfig
+
+# Settings that change no result, only how it is come by: neither runs nor results are named by them.
+OPERATIONAL: Any = {
+    "resources": True,
+    "engines": True,
+    "device": True,
+    "budget": {"spending_factor": True, "approve_above": True},
+    "models": {"teacher": {"service": True}},
+}
 
 
 class SamplingConfig(Config):
@@ -77,9 +87,19 @@ class RunConfig(Config):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where models run; ``auto``: GPUs if this machine, or the cluster, has them."""
 
+    @property
+    def warmup_prompts(self) -> int:
+        """Prompts that the teacher annotates for the warm-up. Each of its samples is a query."""
+        return self.budget.warmup_queries // self.sampling.teacher.samples
+
+    @property
+    def selected_prompts(self) -> int:
+        """Prompts that the teacher annotates once the signals have chosen them."""
+        return self.budget.queries // self.sampling.teacher.samples - self.warmup_prompts
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
-        if not 1 <= self.budget.warmup_queries < self.budget.queries:
+        if min(self.warmup_prompts, self.selected_prompts) < 1:
             raise ValueError(
                 f"budget.warmup_share {self.budget.warmup_share} of {self.budget.queries} queries leaves a stage none:"
                 " raise budget.queries"
@@ -91,7 +111,7 @@ class RunConfig(Config):
                     f"{name}.method.annotated stored needs the teacher's distributions: set sampling.distributions "
                     "({type: top} will do), or annotated live"
                 )
-        rest = self.budget.queries - self.budget.warmup_queries
+        rest = self.selected_prompts
         if self.signals.candidates is not None and self.signals.candidates < rest:
             raise ValueError(
                 f"signals.candidates {self.signals.candidates} are fewer than the {rest} queries after the warm-up:"
