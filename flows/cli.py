@@ -21,6 +21,7 @@ from infra.store import open_store
 from tasks.config import RunConfig, load_config
 
 if TYPE_CHECKING:
+    from flows.plan import Plan
     from flows.record import RunRecord
 
 app = typer.Typer(
@@ -86,6 +87,9 @@ def run(
     root: Root = "runs/default",
     set_: Set = None,
     from_: Annotated[str | None, typer.Option("--from", help="Do this stage, and what depends on it, again.")] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Agree to spend what budget.approve_above would have a person approve.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Run a distillation, or continue it where it was."""
@@ -100,6 +104,8 @@ def run(
             raise UserError(plan.problems)
         if from_ and from_ not in plan.names:
             raise UserError([f"--from: {from_!r} is no stage; stages are {', '.join(plan.names)}"])
+        if not yes and not sys.stdin.isatty() and (what := asks_approval(settings, root, plan, from_)):
+            raise UserError([f"budget.approve_above: {what} need approval, and there is no terminal: pass --yes"])
         with console.status("starting Prefect's server"):
             ready()
         from flows.distill import distill
@@ -107,7 +113,7 @@ def run(
 
         settings = on_running_cluster(settings)
         with terminal():
-            state = distill(settings, root, from_, return_state=True)
+            state = distill(settings, root, from_, yes, return_state=True)
         record = ended(state, settings, root)
     if record.refused:
         raise UserError([record.message])
@@ -119,6 +125,18 @@ def run(
         raise typer.Abort
     if result["state"] != "Completed":
         raise typer.Exit(1)
+
+
+def asks_approval(settings: RunConfig, root: str, plan: "Plan", redo_from: str | None) -> str:
+    """What a person would have to agree to; empty where nothing is left to ask the teacher, or they have."""
+    from flows.approval import above
+    from flows.record import load_record
+    from tasks.accounts import ANNOTATIONS
+
+    known = load_record(open_store(root), plan.run)
+    left = redo_from or any(not stage.done for stage in plan.stages if stage.name in ANNOTATIONS)
+    agreed = known is not None and known.approved and not redo_from
+    return above(settings.budget) if left and not agreed else ""
 
 
 def on_running_cluster(settings: RunConfig) -> RunConfig:
@@ -167,6 +185,8 @@ def plan(
     """Say what a run would do, what is done already, what it would cost, and what stands in its way. Starts nothing,
     unless --deep asks for it."""
     settings = read_config(config, set_)
+    if deep and settings.text_only:
+        raise UserError(["--deep: models.teacher (openai) shows no log-probabilities that could be compared"])
     # Prefect reads its settings when it is imported: a server comes before everything that imports it.
     with prefect_server(root) if deep else nullcontext(bool) as ready:
         from flows.plan import plan_run

@@ -26,6 +26,9 @@ class Display:
 
     def finished(self, stage: str, manifest: Manifest, *, reused: bool, seconds: float) -> None: ...
 
+    def notice(self, text: str) -> None:
+        """Something that a person should act on."""
+
 
 class TerminalDisplay(Display):
     """Finished stages as lines above one live line."""
@@ -68,6 +71,9 @@ class TerminalDisplay(Display):
         rows = ", ".join(f"{table.rows:,} {name}" for name, table in manifest.tables.items())
         mark, took = ("[dim]=[/]", "reused") if reused else ("[green]✓[/]", f"{seconds:.1f} s")
         self.console.print(f"{mark} {stage:<16} {took:>9}   [dim]{rows}[/]", highlight=False)
+
+    def notice(self, text: str) -> None:
+        self.console.print(f"[yellow]![/] {text}", highlight=False, soft_wrap=True)
 
 
 _current: Display = Display()

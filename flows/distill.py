@@ -11,13 +11,18 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.states import Cancelled, Failed
 
+from flows.approval import above, wait_for_approval
 from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed
-from flows.story import Pipeline
+from flows.story import Pipeline, Planner
+from tasks.accounts import ANNOTATIONS
 from tasks.config import RunConfig
 from tasks.config.run import OPERATIONAL
 from tasks.ledger import Caps, caps_of
 from tasks.models import ROLES, identity
 from tasks.sources import identity as source_identity
+
+# Models that are evaluated before training, by label, and the engines that serve them.
+BEFORE = (("teacher", "teacher"), ("base", "student"))
 
 
 def identities(config: RunConfig) -> dict[str, Any]:
@@ -32,7 +37,7 @@ def identities(config: RunConfig) -> dict[str, Any]:
 def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
     """Models and prompts, which everything else starts from."""
     config, stage = pipeline.config, pipeline.stage
-    plain = config.model_dump(mode="json")
+    plain = config.model_dump(mode="json", exclude=OPERATIONAL)
     models = stage("models", "tasks.models", {"models": plain["models"], "identities": found["models"]})
     prompts = stage(
         "prompts",
@@ -45,6 +50,8 @@ def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
             "queries": config.warmup_prompts + config.selected_prompts,
             "candidates": config.signals.candidates,
             "chat_template_args": config.models.chat_template_args,
+            # The tokenizer that counts: an endpoint's is not known.
+            "tokenizer_key": "student" if config.text_only else "teacher",
         },
         models=models,
     )
@@ -58,19 +65,15 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     budget, shard_size = config.budget, config.sampling.shard_size
     template_args, compares = config.models.chat_template_args, config.train.method.compares
     shared = {"shard_size": shard_size, "template_args": template_args}
+    longest = None if config.text_only else config.prompts.max_prompt_tokens
 
     def annotate(name: str, table: str, prompts: str, caps: Caps, **before: str) -> str:
         """The teacher answers, as far as the budget goes. ``before``: an earlier stage charged to it."""
         settings = {"role": "teacher", "engine": "teacher", "table": table, "sampling": plain["sampling"]["teacher"]}
         kept = {"logprobs": compares, "distributions": plain["sampling"]["distributions"]}
-        charged = {"caps": caps.model_dump(mode="json"), "charged_by": next(iter(before), "").replace("_", "-") or None}
-        settings |= {
-            **kept,
-            **shared,
-            **charged,
-            "seed": config.seed,
-            "prompt_tokens": config.prompts.max_prompt_tokens,
-        }
+        earlier = next(iter(before), "").replace("_", "-") or None
+        charged = {"caps": caps.model_dump(mode="json"), "charged_by": earlier, "prompt_tokens": longest}
+        settings |= {**kept, **shared, **charged, "seed": config.seed}
         return stage(name, "tasks.sample", settings, models=models, prompts=prompts, **before)
 
     def keep(name: str, table: str, prompts: str, samples: str) -> str:
@@ -149,14 +152,15 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         **({"annotate": samples, "student_sample": student_samples} if compares else {}),
     )
 
-    # Evaluate: base and teacher once and for all; warmed-up and final student with every change.
+    # Evaluate: base and teacher once and for all; warmed-up and final student with every change. An endpoint is asked
+    # for annotations only: nothing but the budget's ledger lets requests out.
     measure = {"evaluate": plain["evaluate"], "seed": config.seed, **shared}
     before = stage(
         "evaluate-before",
         "tasks.evaluate",
         {
             **measure,
-            "entries": [{"label": "teacher", "engine": "teacher"}, {"label": "base", "engine": "student"}],
+            "entries": [{"label": label, "engine": engine} for label, engine in BEFORE[config.text_only :]],
         },
         models=models,
         prompts=prompts,
@@ -206,12 +210,27 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     )
 
 
+def approve(runner: Runner, found: dict[str, Any], approved: bool) -> None:
+    """See that somebody agrees to what the run will spend, where it is more than the settings leave to it."""
+    budget, record = runner.config.budget, runner.record
+    planner = Planner(runner.config, runner.store.uri, runner.run, runner.redo)
+    story(planner, found)
+    asks = any(not runner.store.exists(spec.manifest_path) for spec in planner.specs if spec.stage in ANNOTATIONS)
+    if asks and not record.approved and (what := above(budget)):
+        if not approved:
+            wait_for_approval(what, budget)
+        record.approved = True
+        record.save(runner.store)
+
+
 @flow(name="distill", flow_run_name="{config.name}", log_prints=False)
-def distill(config: RunConfig, root: str = "runs/default", redo_from: str | None = None) -> Any:
-    """Distil the teacher into the student: prompts in, a promoted student and its report out."""
+def distill(config: RunConfig, root: str = "runs/default", redo_from: str | None = None, approved: bool = False) -> Any:
+    """Distil the teacher into the student: prompts in, a promoted student and its report out. ``approved``: what
+    budget.approve_above would ask for is agreed to."""
     try:
         with Runner.open(config, root, redo_from) as runner:
             found = identities(config)
+            approve(runner, found, approved)
             try:
                 story(runner, found)
             except StageDamaged as damaged:

@@ -12,11 +12,13 @@ import psutil
 from pydantic import ValidationError
 
 from flows.estimate import GIB, Estimate
+from flows.reach import reach
 from flows.story import on_gpu
 from infra.store import open_store
 from tasks.config import RunConfig
-from tasks.config.models import GgufModel, HuggingFaceModel, ModelSource, PrunedModel
+from tasks.config.models import GgufModel, HuggingFaceModel, ModelSource, OpenAIModel, PrunedModel
 from tasks.config.prompts import ReasoningGymSource
+from tasks.ledger import Amount, caps_of
 from tasks.models import ROLES, identity
 from tasks.sources import check as check_source
 from tasks.verify import check_verifier
@@ -36,6 +38,8 @@ def readable(config: RunConfig, root: str) -> list[str]:
     found = problem("--root", partial(writable, root))
     for role in ROLES:
         found += problem(f"models.{role}", partial(identity, getattr(config.models, role)))
+    if isinstance(config.models.teacher, OpenAIModel):
+        found += problem("models.teacher", partial(reach, config.models.teacher))
     for kind in ("sources", "heldout_sources"):
         for number, source in enumerate(getattr(config.prompts, kind)):
             found += problem(f"prompts.{kind}.{number}", partial(check_source, source))
@@ -63,9 +67,10 @@ def preflight(config: RunConfig, root: str, needs: Estimate) -> list[str]:
     return [
         *places(config, root),
         *enough(config),
+        *affordable(config),
         *capacity(config, root, needs),
         *lengths(config),
-        *distributions(config),
+        *(text_only(config) if config.text_only else distributions(config)),
     ]
 
 
@@ -83,6 +88,22 @@ def enough(config: RunConfig) -> list[str]:
                 "beside the held-out ones: lower it, or raise the sizes"
             ]
     return []
+
+
+def affordable(config: RunConfig) -> list[str]:
+    """Tokens and money of each stage cover the worst case of one prompt at least."""
+    budget, sampling = config.budget, config.sampling.teacher
+    worst = Amount(1, config.prompts.max_prompt_tokens, sampling.max_tokens) * sampling.samples
+    found = []
+    for unit in ("tokens", "money"):
+        caps = caps_of(budget.model_copy(update={"money": None} if unit == "tokens" else {"tokens": None}))
+        share = min(budget.warmup_share, 1 - budget.warmup_share)
+        if getattr(budget, unit) is not None and not caps.cover(worst, share):
+            found.append(
+                f"budget.{unit}: {share:.0%} of {getattr(budget, unit):,} do not cover one prompt, which may take "
+                f"{worst.tokens:,} tokens: raise it, or lower sampling.teacher.max_tokens"
+            )
+    return found
 
 
 def places(config: RunConfig, root: str) -> list[str]:
@@ -148,8 +169,24 @@ def origin(source: ModelSource) -> HuggingFaceModel | GgufModel:
     return source.of if isinstance(source, PrunedModel) else source.tokenizer_of
 
 
+def text_only(config: RunConfig) -> list[str]:
+    """What an endpoint cannot do: it shows no distributions, and is asked for annotations only."""
+    found = [
+        f"{name}.method: {settings.method.type} compares distributions, which models.teacher (openai) does not show: "
+        "use sft or seqkd, or a teacher that runs here"
+        for name, settings in (("warmup", config.warmup), ("train", config.train))
+        if settings.method.compares
+    ]
+    if config.sampling.distributions:
+        found.append("sampling.distributions: models.teacher (openai) shows none: leave it out")
+    if config.evaluate.reference == "teacher":
+        found.append("evaluate.reference: teacher would ask models.teacher (openai) outside the budget: set source")
+    return found
+
+
 def distributions(config: RunConfig) -> list[str]:
     """For methods that compare distributions: one token map, one width of logits, one end of sequence."""
+    assert not isinstance(config.models.teacher, OpenAIModel)
     teacher, student = origin(config.models.teacher), origin(config.models.student)
     comparing = [settings.method.type for settings in (config.warmup, config.train) if settings.method.compares]
     if not comparing or teacher == student:

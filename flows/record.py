@@ -32,6 +32,7 @@ class RunRecord(BaseModel):
     state: str = "Running"
     message: str = ""
     refused: bool = False  # a stage found a user's mistake
+    approved: bool = False  # what it spends was agreed to
     redo: dict[str, int] = Field(default_factory=dict)
     stages: list[StageRecord] = Field(default_factory=list)
     touched: dict[str, str] = Field(default_factory=dict)  # latest manifest of every stage, by name, over all attempts

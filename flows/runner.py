@@ -78,6 +78,7 @@ class Runner(Pipeline):
             root=store.uri,
             config=config.model_dump(mode="json"),
             redo=redo,
+            approved=bool(known and known.approved and not redo_from),
             touched=known.touched if known else {},
         )
         record.save(store)

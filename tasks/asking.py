@@ -99,6 +99,7 @@ class Asking:
             self.purse.ledger.settle(wave.reservation, used, wave.reservation.largest * lost)
         shard.answers.append(answers)
         shard.calls -= 1
+        check_outage(answers)
         if not shard.left and not shard.calls:
             self.commit(shard)
 
@@ -116,6 +117,14 @@ class Asking:
     def _call(self, wave: Wave) -> Call:
         prompts = [wave.shard.prompts[number] for number in wave.numbers]
         return self.call(prompts, wave.reservation.spare if wave.reservation else 0)
+
+
+def check_outage(answers: pa.Table) -> None:
+    """ValueError where an endpoint left more than half of a call's requests without an answer, and not for their own
+    faults. What the others were answered is lost: the next run asks again."""
+    if "outage" in answers.column_names and 2 * pc.sum(answers["outage"]).as_py() > answers.num_rows:
+        errors = answers["error"].filter(answers["outage"]).to_pylist()
+        raise ValueError(f"models.teacher: {max(set(errors), key=errors.count)}; {len(errors)} requests had no answer")
 
 
 def bill(answers: pa.Table) -> tuple[dict[int, Amount], dict[int, str], int]:

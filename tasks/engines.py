@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
+from infra.endpoint import EndpointSpec
 from infra.engine import EngineSpec
 from infra.engine_room import ROOM, open_room
 from infra.models import ModelRef
@@ -42,7 +43,7 @@ class Call:
 class EnginePool:
     """The replicas of one engine."""
 
-    def __init__(self, room: "EngineAccess", spec: EngineSpec) -> None:
+    def __init__(self, room: "EngineAccess", spec: EngineSpec | EndpointSpec) -> None:
         self.access, self.spec = room, spec
         self.names: list[str] = []
 
@@ -148,8 +149,11 @@ class EngineAccess:
 
     def pool(self, role: str, model: ModelRef) -> EnginePool:
         """Engines built for ``model`` with the role's settings. Requests may name other weights of its architecture."""
-        settings = self.stage.spec.runtime.engines.get(role, {})
-        return EnginePool(self, EngineSpec(model=model, root=self.stage.spec.root, **settings))
+        settings, root = self.stage.spec.runtime.engines.get(role, {}), self.stage.spec.root
+        if "endpoint" in settings:
+            student = model_of(self.stage, "models", "student")
+            return EnginePool(self, EndpointSpec(tokenizer=student, root=root, **settings["endpoint"]))
+        return EnginePool(self, EngineSpec(model=model, root=root, **settings))
 
 
 def release_engines(namespace: str) -> None:

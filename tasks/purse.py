@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from infra.endpoint import longest
 from infra.manifest import read_part
 from tasks import schemas
 from tasks.ledger import Amount, Caps, Ledger, together
@@ -23,7 +24,7 @@ class Purse:
         self.stage, self.caps, self.samples = stage, caps, settings.sampling.samples
         self.response_tokens, self.prompt_tokens = settings.sampling.max_tokens, settings.prompt_tokens
         endpoint = runtime.engines.get(settings.engine, {}).get("endpoint")
-        self.template_tokens = endpoint["service"]["template_tokens"] if endpoint else None
+        self.template_tokens = endpoint["template_tokens"] if endpoint else None
         before = stage.input(settings.charged_by).facts if settings.charged_by else {}
         spending = runtime.spending or {"caps": caps, "factor": 2.0}
         # The price is no part of the stage's settings where it decides nothing.
@@ -43,12 +44,9 @@ class Purse:
                 self.ledger.close(number, charges(read_part(stage.store, part)))
 
     def worst(self, prompt: Mapping[str, Any]) -> Amount:
-        """The most that one prompt may take. No tokenizer in use makes more tokens of a text than it has bytes."""
-        if self.template_tokens is None:
-            read = self.prompt_tokens or 0
-        else:
-            texts = [message["content"] for message in prompt["messages"]]
-            read = sum(len(text.encode()) + self.template_tokens for text in texts) + self.template_tokens
+        """The most that one prompt may take."""
+        known = self.template_tokens is None
+        read = self.prompt_tokens or 0 if known else longest(prompt["messages"], self.template_tokens)
         return Amount(1, read, self.response_tokens) * self.samples
 
     def charge(self, shard: int, prompt_ids: list[str], used: Mapping[int, Amount], reasons: Mapping[int, str]) -> None:

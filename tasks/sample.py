@@ -179,6 +179,8 @@ def run(stage: Stage[SampleSettings]) -> None:
     base = model_of(stage, "models", settings.engine)
     model = model_of(stage, settings.weights, "student") if settings.weights else base
     purse = Purse(stage, settings.caps) if settings.caps else None
+    if "endpoint" in stage.spec.runtime.engines.get(settings.engine, {}) and not purse:
+        raise ValueError("caps: an endpoint is asked within a budget only: set caps")
     answer(stage, base, model, purse)
     if isinstance(settings.distributions, SampledTokens):
         read_again(stage, model, settings.distributions)

@@ -32,6 +32,8 @@ class Approval(Config):
     """Teacher tokens, prompts and responses."""
     money: float | None = Field(default=None, ge=0)
     """In the currency of ``budget.price``."""
+    wait_hours: float = Field(default=24.0, gt=0)
+    """How long a run waits for approval before it gives up."""
 
 
 class Budget(Config):
@@ -52,7 +54,8 @@ class Budget(Config):
     """What is sent in all, repeated requests included, may come to so many times each of the amounts above. A run that
     would need more stops, and continues where this is raised."""
     approve_above: Approval | None = None
-    """A run whose budget is larger asks for approval before it spends."""
+    """A run whose budget is larger waits for approval in Prefect before it asks the teacher anything; from a shell
+    without a terminal it takes ``--yes`` instead."""
     online_teacher_tokens: int | None = Field(default=None, ge=1)
     """Cap on positions the teacher is asked about during on-policy training; none where absent."""
 

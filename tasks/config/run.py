@@ -10,7 +10,7 @@ from tasks.config.base import Config
 from tasks.config.budget import Budget
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
 from tasks.config.methods import Sft
-from tasks.config.models import Engines, Models
+from tasks.config.models import Engines, Models, OpenAIModel
 from tasks.config.prompts import PromptsConfig
 from tasks.config.signals import Distributions, Sampling, Signals
 from tasks.config.train import TrainConfig
@@ -21,7 +21,7 @@ OPERATIONAL: Any = {
     "engines": True,
     "device": True,
     "budget": {"spending_factor": True, "approve_above": True},
-    "models": {"teacher": {"service": True}},
+    "models": {"teacher": {"service": True, "key_variable": True}},
 }
 
 
@@ -88,6 +88,11 @@ class RunConfig(Config):
     """Where models run; ``auto``: GPUs if this machine, or the cluster, has them."""
 
     @property
+    def text_only(self) -> bool:
+        """Whether the teacher writes text and shows no distributions."""
+        return isinstance(self.models.teacher, OpenAIModel)
+
+    @property
     def warmup_prompts(self) -> int:
         """Prompts that the teacher annotates for the warm-up. Each of its samples is a query."""
         return self.budget.warmup_queries // self.sampling.teacher.samples
@@ -117,7 +122,8 @@ class RunConfig(Config):
                 f"signals.candidates {self.signals.candidates} are fewer than the {rest} queries after the warm-up:"
                 " raise it, or lower budget.queries"
             )
-        for role, sampling in (("teacher", self.sampling.teacher), ("student", self.sampling.student)):
+        served = (("student", self.sampling.student), ("teacher", self.sampling.teacher))
+        for role, sampling in served[: 1 if self.text_only else 2]:
             engine: Any = getattr(self.engines, role)
             if self.prompts.max_prompt_tokens + sampling.max_tokens > engine.max_model_len:
                 raise ValueError(

@@ -53,6 +53,12 @@ def test_overrides_are_yaml_by_path(tmp_path: Path) -> None:
         ({"train.micro_batch": 3}, "train", "does not divide"),
         ({"budget.queries": 2, "budget.warmup_share": 0.1}, "config", "budget.queries"),
         ({"budget.queries": 500}, "config", "signals.candidates 20"),
+        ({"budget": {"queries": 24, "money": 3}}, "budget", "set price"),
+        (
+            {"models.teacher": {"type": "openai", "model": "m", "base_url": "http://host/v1", "key_variable": "K"}},
+            "models.teacher",
+            "use https",
+        ),
         ({"sampling.teacher.max_tokens": 4000}, "config", "max_model_len"),
         ({"prompts.sources": []}, "prompts.sources", "at least 1"),
         ({"prompts.verifier": "guess"}, "prompts", "module:function"),
