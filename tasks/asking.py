@@ -18,8 +18,6 @@ from tasks.ledger import Amount, BudgetExhausted, Reservation
 from tasks.purse import Purse
 
 ANSWERED, UNANSWERED, EXHAUSTED = "answered", "no_answer", "budget_exhausted"
-# Of a call's requests, the share that an endpoint may try once more where a reply was lost, and may have been billed.
-SPARE = 0.1
 
 
 @dataclass
@@ -109,7 +107,7 @@ class Asking:
         if self.purse is None:
             return True
         worst = {number: self.purse.worst(wave.shard.prompts[number]) for number in wave.numbers}
-        made = self.purse.ledger.reserve(wave.shard.number, worst, 1 + int(SPARE * len(worst)), whole=whole)
+        made = self.purse.ledger.reserve(wave.shard.number, worst, self.purse.spare(len(worst)), whole=whole)
         if made is not None:
             wave.numbers, wave.reservation = list(made.worst), made
         return made is not None

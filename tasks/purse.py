@@ -15,6 +15,9 @@ from tasks import schemas
 from tasks.ledger import Amount, Caps, Ledger, together
 from tasks.stage import Stage
 
+# Of a call's requests, the share that may be tried once more where the reply was lost, and may have been billed.
+SPARE = 0.1
+
 
 class Purse:
     """What one stage may ask. ``caps`` are the budget's, with what earlier stages took of it."""
@@ -48,6 +51,11 @@ class Purse:
         known = self.template_tokens is None
         read = self.prompt_tokens or 0 if known else longest(prompt["messages"], self.template_tokens)
         return Amount(1, read, self.response_tokens) * self.samples
+
+    def spare(self, prompts: int) -> int:
+        """Tries beside each request's own that an endpoint may make of so many where replies are lost. An engine's
+        calls are lost whole, and made again from here."""
+        return 0 if self.template_tokens is None else 1 + int(SPARE * prompts)
 
     def charge(self, shard: int, prompt_ids: list[str], used: Mapping[int, Amount], reasons: Mapping[int, str]) -> None:
         """Commit what the prompts of a shard are charged."""

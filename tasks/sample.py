@@ -114,16 +114,14 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
     """Commit the answers to every prompt that has none yet."""
     settings, sampling = stage.settings, stage.settings.sampling
     top = settings.distributions if isinstance(settings.distributions, TopTokens) else None
-    done = stage.done("samples")
+    done = {shard: part.rows // sampling.samples for shard, part in stage.done("samples").items()}
+    if purse:
+        # Not every prompt has samples, but each has its charge.
+        done = {shard: part.rows for shard, part in stage.done("queries").items() if shard in done}
     total = stage.input("prompts").tables[settings.table].rows
     total = total if settings.limit is None else min(total, settings.limit)
     left: Callable[[], dict[str, Any]] = purse.left if purse else dict
-    rows_asked = {shard: part.rows // sampling.samples for shard, part in done.items()}
-    if purse:
-        # Not every prompt was answered.
-        rows_asked = {shard: part.rows for shard, part in stage.done("queries").items() if shard in done}
-    asked = sum(rows_asked.values())
-    tokens, began = 0, time.monotonic()
+    asked, tokens, began = sum(done.values()), 0, time.monotonic()
 
     def shards() -> Iterator[Shard]:
         for number, prompts in slices(stage, "prompts", settings.table, settings.shard_size, settings.limit):
