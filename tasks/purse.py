@@ -48,8 +48,10 @@ class Purse:
 
     def worst(self, prompt: Mapping[str, Any]) -> Amount:
         """The most that one prompt may take."""
-        known = self.template_tokens is None
-        read = self.prompt_tokens or 0 if known else longest(prompt["messages"], self.template_tokens)
+        if self.template_tokens is None:
+            read = self.prompt_tokens or 0
+        else:
+            read = longest(prompt["messages"], self.template_tokens)
         return Amount(1, read, self.response_tokens) * self.samples
 
     def spare(self, prompts: int) -> int:

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -105,22 +105,19 @@ def faulty(target: str) -> Iterator[tuple[str, Proxy]]:
                 proxy.times.append(time.monotonic())
                 proxy.under_way += 1
                 proxy.most_under_way = max(proxy.most_under_way, proxy.under_way)
-            try:
-                if isinstance(fault, int):
-                    self.reply(fault, b'{"error": "on request"}')
-                    return
+            if isinstance(fault, int):
+                status, data = fault, b'{"error": "on request"}'
+            else:
                 status, data = proxy.forward(self.path, body, self.headers.get("Authorization", ""))
-                if fault == "slow":
-                    time.sleep(proxy.slow_seconds)
-                if fault == "hang up":
-                    self.close_connection = True
-                    return
+            if fault == "slow":
+                time.sleep(proxy.slow_seconds)
+            with proxy.lock:
+                proxy.under_way -= 1
+            if fault == "hang up":
+                self.close_connection = True
+                return
+            with suppress(BrokenPipeError, ConnectionResetError):  # who asked may have given up
                 self.reply(status, data)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # who asked has given up
-            finally:
-                with proxy.lock:
-                    proxy.under_way -= 1
 
         def reply(self, status: int, data: bytes) -> None:
             self.send_response(status)

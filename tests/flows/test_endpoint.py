@@ -18,7 +18,9 @@ from infra.manifest import commit_manifest, read_rows
 from infra.models import ModelRef
 from tasks.config import RunConfig
 from tasks.config.models import OpenAIModel
+from tasks.connection import connected
 from tasks.sample import sample_id
+from tasks.stage import Runtime
 
 KEY_VARIABLE = "SWITCHYARD_TEST_KEY"
 QUESTION = [{"role": "user", "content": "What is 2 + 3?"}]
@@ -67,6 +69,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         del os.environ[KEY_VARIABLE]
 
 
+@pytest.fixture(scope="module")
+def cluster(server: Served) -> Iterator[None]:
+    """Ray for the stages of this module, started once the key is in the environment that its actors inherit."""
+    with connected(Runtime()):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fresh(server: Served) -> None:
     server.proxy.reset()
@@ -94,7 +103,7 @@ def test_seeds_are_passed_on(server: Served) -> None:
     first, again = server.ask(3), server.ask(3)
     assert [row["text"] for row in first] == [row["text"] for row in again]
     assert len({row["text"] for row in first}) == 3
-    assert [request["seed"] for request in server.proxy.requests[:3]] == [0, 1, 2]
+    assert sorted(request["seed"] for request in server.proxy.requests[:3]) == [0, 1, 2]
 
 
 def test_refused_requests_cost_nothing_and_are_sent_again(server: Served) -> None:
@@ -177,6 +186,7 @@ def annotation(server: Served, root: Path, prompts: int, caps: dict[str, Any], *
     return Annotation(root, teacher, student, {"endpoint": plain}, prompts, caps)
 
 
+@pytest.mark.usefixtures("cluster")
 def test_the_sampling_stage_asks_an_endpoint_within_its_budget(server: Served, tmp_path: Path) -> None:
     """Replies are lost, requests refused, and the budget ends before the prompts: the endpoint's true bill stays within
     both accounts, and everything has its row."""
@@ -208,6 +218,7 @@ def test_the_sampling_stage_asks_an_endpoint_within_its_budget(server: Served, t
     assert served.KEY not in "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
 
 
+@pytest.mark.usefixtures("cluster")
 def test_an_outage_stops_the_stage_which_goes_on_where_it_was(server: Served, tmp_path: Path) -> None:
     made = annotation(server, tmp_path, 8, {"queries": 8}, tries=1, concurrency=1)
     server.proxy.reset(*[None] * 4, *[503] * 4)
