@@ -269,6 +269,22 @@ def test_empty_tables(tmp_path):
     assert stage.store.exists(f"{manifest.facts['student']}/README.md")
 
 
+def test_a_teacher_that_is_not_evaluated_leaves_its_row_empty(tmp_path):
+    """As an endpoint's is not: it is asked for annotations only."""
+    run = SyntheticRun(tmp_path, {"evaluate": {"seeds": [1], "bootstrap": 100}})
+    run.models()
+    run.prompts(30)
+    run.annotations("warmup", 40)
+    run.student("train", steps=5)
+    run.evaluation("evaluate-before", ["base"], 30)
+    run.evaluation("evaluate-after", ["warmup", "final"], 30)
+    stage, manifest = run.report()
+    assert manifest.facts["metrics"]["teacher"]["accuracy"] is None
+    assert manifest.facts["differences"]["final-base"]["accuracy"] is not None
+    assert manifest.facts["quality_for_cost"]["per_1000_queries"]["took"] == 40
+    assert "Before and after" in Page(stage.store.read(manifest.facts["report"]).decode()).headings
+
+
 def test_runs_alone_from_a_shell(whole, tmp_path):
     _, stage, *_ = whole
     spec = StageSpec.model_validate({**stage.spec.model_dump(), "inputs": {}, "redo": 1})
