@@ -21,7 +21,7 @@ def test_a_run_with_a_teacher_behind_an_endpoint(tmp_path: Path, monkeypatch: py
     data, root = tiny.settings(tmp_path), tmp_path / "root"
     data["train"]["method"] = {"type": "seqkd"}
     data["evaluate"]["reference"] = "source"
-    data["budget"] |= {"tokens": 2500, "approve_above": {"queries": 10}}
+    data["budget"] |= {"tokens": 1800, "approve_above": {"queries": 10}}
     del data["sampling"]["distributions"]
     with (
         served.vllm_server(tmp_path / "teacher", tmp_path / "vllm.log") as target,
@@ -39,7 +39,7 @@ def test_a_run_with_a_teacher_behind_an_endpoint(tmp_path: Path, monkeypatch: py
     )
     # Nothing but annotation asked the endpoint, and no more than the budget has tokens for.
     assert proxy.billed[0] == answered < 24
-    assert sum(proxy.billed[1:]) <= 2500
+    assert sum(proxy.billed[1:]) <= 1800
     assert "budget_exhausted" in ids(root, "annotate", "queries", "reason")
     for path in root.rglob("*"):
         assert not path.is_file() or served.KEY.encode() not in path.read_bytes(), path
