@@ -23,9 +23,11 @@ START_SECONDS = 400.0
 
 @contextmanager
 def vllm_server(model: Path, log: Path) -> Iterator[str]:
-    """Address of ``vllm serve`` on loopback, behind a key; it ends with the block, and with this process."""
+    """Address of vLLM's server on loopback, behind a key; it ends with the block, and with this process."""
     port = free_port()
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--served-model-name", NAME]
+    # What ``vllm serve`` starts. The command itself looks for a package named vllm, which the CPU build is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", NAME]
     command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", KEY, "--dtype", "float32"]
     # Seeded requests and split prompts exclude each other on CPU.
     command += ["--max-model-len", "512", "--max-num-batched-tokens", "4096", "--no-enable-chunked-prefill"]
