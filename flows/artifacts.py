@@ -1,9 +1,11 @@
 """What a run leaves in Prefect: a progress artifact a stage, tables, a summary, the report's place."""
 
 import time
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -35,7 +37,9 @@ class StageProgress:
         self._last = event
         if time.monotonic() - self._at >= UPDATE_SECONDS:
             self._at = time.monotonic()
-            self._write(event)
+            # A server that is being restarted misses a figure; the run goes on.
+            with suppress(httpx.HTTPError):
+                self._write(event)
 
     def _write(self, event: dict[str, Any]) -> None:
         share = 100.0 * event["done"] / event["total"] if event["total"] else 0.0
@@ -54,7 +58,8 @@ class StageProgress:
     def close(self) -> None:
         """The last figure, which the rate limit may have held back."""
         if self._last is not None:
-            self._write(self._last)
+            with suppress(httpx.HTTPError):
+                self._write(self._last)
 
 
 def interval(low_high: list[float] | None) -> str:

@@ -19,6 +19,7 @@ from flows.keeper import Json, Root, UserError, console, keeper
 from flows.local import Local, running_local
 from infra.store import open_store
 from tasks.config import RunConfig, load_config
+from tasks.config.problems import problems_of
 
 if TYPE_CHECKING:
     from flows.plan import Plan
@@ -32,18 +33,6 @@ INTERRUPTED = 130
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's settings, a YAML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key.path=value. May be repeated.")]
-
-
-def problems_of(error: ValidationError) -> list[str]:
-    """One line per wrong field: where, what, the value."""
-    lines = []
-    for entry in error.errors(include_url=False):
-        # Names of union members stand in the path, but not in the file.
-        field = ".".join(str(key) for key in entry["loc"]) or "config"
-        value = entry.get("input")
-        got = "" if isinstance(value, dict) or entry["type"] == "missing" else f" (got {str(value)[:80]!r})"
-        lines.append(f"{field}: {entry['msg'].removeprefix('Value error, ')}{got}")
-    return lines
 
 
 def read_config(path: Path, overrides: list[str] | None) -> RunConfig:
@@ -111,7 +100,6 @@ def run(
         from flows.distill import distill
         from flows.record import outcome
 
-        settings = on_running_cluster(settings)
         with terminal():
             state = distill(settings, root, from_, yes, return_state=True)
         record = ended(state, settings, root)
@@ -139,23 +127,20 @@ def asks_approval(settings: RunConfig, root: str, plan: "Plan", redo_from: str |
     return above(settings.budget) if left and not agreed else ""
 
 
-def on_running_cluster(settings: RunConfig) -> RunConfig:
-    """The settings with the Ray head of ``switchyard up``, if it runs and they name no other."""
-    up = running_local()
-    if not up or settings.resources.ray_address:
-        return settings
-    resources = settings.resources.model_copy(update={"ray_address": up.ray_address})
-    return settings.model_copy(update={"resources": resources})
-
-
 def ended(state: Any, settings: RunConfig, root: str) -> "RunRecord":
     """The record of a flow run that ended, well or not."""
     from flows.record import load_record, run_id
 
     record = load_record(open_store(root), run_id(settings))
-    if record is None or (record.state == "Completed" and not state.is_completed()):
-        # It ended before its first stage, or after its last one.
+    if record is None:
+        # Its own look at the plan found what had not stood in the way a moment ago.
+        raise UserError([state.message])
+    if record.state == "Completed" and not state.is_completed():
+        # It ended after its last stage.
         raise RuntimeError(state.message)
+    if record.state == "Running":
+        # The fault that ended it kept its record from being written, too.
+        record.state, record.message = "Failed", state.message
     return record
 
 
@@ -211,7 +196,7 @@ def deep_parity(settings: RunConfig, root: str) -> dict[str, Any]:
     from flows.tables import parity_table
 
     with terminal():
-        state: Any = deep_check(on_running_cluster(settings), root, return_state=True)
+        state: Any = deep_check(settings, root, return_state=True)
     if not state.is_completed():
         raise UserError([state.message])
     found: dict[str, Any] = state.result()
@@ -251,10 +236,16 @@ def main() -> None:
         code = INTERRUPTED
     except Exception as error:
         # Typer's own complaints about arguments know how to show themselves.
-        if not hasattr(error, "format_message"):
-            raise
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        code = 2
+        if hasattr(error, "format_message"):
+            line, code = error.format_message(), 2
+        else:
+            from infra.faults import fault_of
+
+            fault = fault_of(error)
+            if fault is None:
+                raise
+            line, code = fault.line, 1
+        print(f"error: {line}", file=sys.stderr)
     if code == INTERRUPTED:
         print("interrupted; run the same command again to continue", file=sys.stderr)
     sys.exit(code)

@@ -10,6 +10,7 @@ from prefect import flow
 from prefect.states import Cancelled, Failed
 
 from flows.distill import identities, prepare
+from flows.local import on_running_cluster
 from flows.runner import Runner, StageCancelled, StageFailed
 from flows.story import on_gpu
 from infra.manifest import load_manifest
@@ -20,7 +21,7 @@ from tasks.config import RunConfig
 def deep_check(config: RunConfig, root: str) -> Any:
     """The largest and mean difference of log-probabilities for teacher and student, by role."""
     try:
-        with Runner.open(config, root, suffix="-deep") as runner:
+        with Runner.open(on_running_cluster(config), root, suffix="-deep") as runner:
             return look(runner, config)
     except StageCancelled as cancelled:
         return Cancelled(message=str(cancelled))

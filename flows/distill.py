@@ -12,10 +12,12 @@ from prefect import flow, get_run_logger
 from prefect.states import Cancelled, Failed
 
 from flows.approval import above, wait_for_approval
-from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed
+from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed, run_name
 from flows.story import Pipeline, Planner
+from infra.faults import fault_of
 from tasks.accounts import ANNOTATIONS
 from tasks.config import RunConfig
+from tasks.config.preset import Settings
 from tasks.config.run import OPERATIONAL
 from tasks.ledger import Caps, caps_of
 from tasks.models import ROLES, identity
@@ -79,6 +81,8 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     def keep(name: str, table: str, prompts: str, samples: str) -> str:
         """The TA scores the teacher's answers; a rule keeps or drops them."""
         settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": plain["signals"]["keep"]}
+        if config.signals.keep.calibrate:
+            settings |= {"validation_share": config.train.validation_share, "seed": config.seed}
         return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples)
 
     # Prepare: models that load anywhere; prompts that are whole, new and apart from the held-out ones.
@@ -223,13 +227,17 @@ def approve(runner: Runner, found: dict[str, Any], approved: bool) -> None:
         record.save(runner.store)
 
 
-@flow(name="distill", flow_run_name="{config.name}", log_prints=False)
-def distill(config: RunConfig, root: str = "runs/default", redo_from: str | None = None, approved: bool = False) -> Any:
+@flow(name="distill", flow_run_name=run_name, log_prints=False, validate_parameters=False)
+def distill(config: Settings, root: str = "runs/default", redo_from: str | None = None, approved: bool = False) -> Any:
     """Distil the teacher into the student: prompts in, a promoted student and its report out. ``approved``: what
     budget.approve_above would ask for is agreed to."""
+    # The plan follows this story, so it knows this file.
+    from flows.prelude import planned
+
     try:
-        with Runner.open(config, root, redo_from) as runner:
-            found = identities(config)
+        settings = planned(config, root, redo_from)
+        with Runner.open(settings, root, redo_from) as runner:
+            found = identities(settings)
             approve(runner, found, approved)
             try:
                 story(runner, found)
@@ -242,3 +250,8 @@ def distill(config: RunConfig, root: str = "runs/default", redo_from: str | None
         return Cancelled(message=str(cancelled))
     except StageFailed as failed:
         return Failed(message=str(failed))
+    except Exception as error:
+        fault = fault_of(error)
+        if fault is None:
+            raise
+        return Failed(message=fault.line)

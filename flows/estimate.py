@@ -105,8 +105,8 @@ def estimate(config: RunConfig) -> Estimate:
         method = settings.method
         if method.asks_teacher:
             flops += 2 * teacher * tokens
-        rollout = method.on_policy_share * settings.steps * settings.batch_size * method.max_new_tokens * FILL
-        asked = teacher if method.type == "switch" else 0
+        rollout = method.rollout_share * settings.steps * settings.batch_size * method.max_new_tokens * FILL
+        asked = teacher if method.type in ("switch", "skd", "minillm") else 0
         flops += 2 * (student + asked) * rollout * train / decode
         result.stages[name] = Cost(settings.steps, tokens, 2 * start + flops / train)
 

@@ -1,4 +1,5 @@
-"""What ``switchyard up`` starts and ``down`` ends: Prefect's server, a worker and a Ray head on loopback."""
+"""What ``switchyard up`` starts and ``down`` ends: Prefect's server with its deployments, a worker and a Ray head on
+loopback."""
 
 import os
 import shutil
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 from flows.server import answers, environment, server_command, server_environment
 from infra.cluster import QUIET, free_port, head_command, token_environment
 from infra.process import detached, end, marked
+from tasks.config import RunConfig
 
 POOL = "switchyard"
 START_SECONDS = 180.0
@@ -58,6 +60,12 @@ class Local(BaseModel):
         detached(head, base / "ray.log", {**QUIET, **local.ray_environment}, local.token)
         try:
             local._wait("Prefect's server", base / "server.log", lambda: answers(local.prefect_url))
+            # Prefect reads its settings when it is imported: this is the first import of it.
+            os.environ.update(client)
+            from flows.deploy import deploy_local
+
+            # The worker's pool comes first: it would make one of its own.
+            deploy_local()
             worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
             detached(worker, base / "worker.log", client, local.token)
             local._wait("the Ray head", base / "ray.log", lambda: responds(f"{local.ray_address}/api/version"))
@@ -107,3 +115,12 @@ def running_local() -> Local | None:
     except FileNotFoundError:
         return None
     return local if next(marked(local.token), None) else None
+
+
+def on_running_cluster(settings: RunConfig) -> RunConfig:
+    """The settings with the Ray head of ``switchyard up``, if it runs and they name no other."""
+    up = running_local()
+    if not up or settings.resources.ray_address:
+        return settings
+    resources = settings.resources.model_copy(update={"ray_address": up.ray_address})
+    return settings.model_copy(update={"resources": resources})

@@ -16,6 +16,7 @@ from flows.reach import reach
 from flows.story import on_gpu
 from infra.store import open_store
 from tasks.config import RunConfig
+from tasks.config.evaluation import Evaluation
 from tasks.config.models import GgufModel, HuggingFaceModel, ModelSource, OpenAIModel, PrunedModel
 from tasks.config.prompts import ReasoningGymSource
 from tasks.ledger import Amount, caps_of
@@ -46,6 +47,17 @@ def readable(config: RunConfig, root: str) -> list[str]:
     if config.prompts.verifier != "auto":
         found += problem("prompts.verifier", partial(check_verifier, config.prompts.verifier))
     return list(dict.fromkeys(found))
+
+
+def measurable(evaluation: Evaluation, root: str) -> list[str]:
+    """The same for an evaluation alone."""
+    found = problem("--root", partial(writable, root))
+    found += problem("model", partial(identity, evaluation.model))
+    for number, source in enumerate(evaluation.problems):
+        found += problem(f"problems.{number}", partial(check_source, source))
+    if evaluation.verifier != "auto":
+        found += problem("verifier", partial(check_verifier, evaluation.verifier))
+    return found or places(evaluation.settings(), root)
 
 
 def writable(root: str) -> None:

@@ -13,9 +13,11 @@ import time
 from contextlib import suppress
 from typing import Any
 
+import httpx
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
+from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
@@ -24,15 +26,17 @@ from flows.artifacts import StageProgress, publish
 from flows.display import display
 from flows.record import RunRecord, StageRecord, load_record, outcome, run_id
 from flows.story import Pipeline
-from infra.cluster import FINAL, QUIET, Cluster, Job, submit
+from infra.cluster import FINAL, QUIET, Cluster, Job, running_jobs, stop_jobs, submit
+from infra.faults import fault_of
+from infra.lease import RENEW_SECONDS, lease_path
 from infra.manifest import load_manifest
+from infra.process import undisturbed
 from infra.store import open_store
 from tasks.config import RunConfig
 from tasks.stage import MARK, StageSpec
 
 POLL_SECONDS = 0.3
 STATE_SECONDS = 2.0
-LEASE_SECONDS = 10.0
 LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARNING": logging.WARNING, "ERROR": logging.ERROR}
 
 
@@ -61,7 +65,7 @@ class Runner(Pipeline):
         self.cluster = Cluster(config.resources.ray_address)
         self.room: Job | None = None
         self.began = time.monotonic()
-        self._ended: Exception | None = None
+        self._ended: BaseException | None = None
         self._closed = threading.Event()
 
     @classmethod
@@ -90,15 +94,28 @@ class Runner(Pipeline):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._closed.set()
-        cancelled = isinstance(error, StageCancelled | KeyboardInterrupt | SystemExit)
+        with undisturbed():
+            self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
+        """Leave the record, and nothing that runs."""
+        cancelled = isinstance(error, StageCancelled | KeyboardInterrupt | SystemExit | TerminationSignal)
         self.record.state = "Completed" if error is None else "Cancelled" if cancelled else "Failed"
         self.record.message = "" if error is None else " ".join(str(error).split())[:1000]
         self.record.refused = isinstance(error, StageRefused)
         self.record.seconds = time.monotonic() - self.began
-        self.record.save(self.store)
         try:
-            if self.room and self.cluster.started and not self.cluster.own:
-                self.room.stop()
+            self.record.save(self.store)
+        except Exception as fault:
+            # What ended the run is the cause to tell; processes must end all the same.
+            if error is None or fault_of(fault) is None:
+                raise
+        try:
+            # A head of our own ends with everything on it. On another's, a job may run whose submission was cut off.
+            if self.cluster.started and not self.cluster.own:
+                with suppress(ConnectionError, RuntimeError):
+                    jobs = running_jobs(self.cluster).items()
+                    stop_jobs(self.cluster, [job for job, data in jobs if self._metadata.items() <= data.items()])
         finally:
             self.cluster.close()
 
@@ -128,9 +145,16 @@ class Runner(Pipeline):
         except StageFailed as failed:
             self._ended = failed
             return Failed(message=str(failed))
-        except StageCancelled as cancelled:
+        except (StageCancelled, TerminationSignal) as cancelled:
+            # A worker ends its flows by signal; what it means by that, Prefect knows outside of the task.
             self._ended = cancelled
-            return Cancelled(message=str(cancelled))
+            return Cancelled(message=str(cancelled) or "its flow was ended")
+        except Exception as error:
+            fault = fault_of(error)
+            if fault is None:
+                raise
+            self._ended = StageFailed(f"{spec.stage}: {fault.line}")
+            return Failed(message=str(self._ended))
         return Completed(message="reused" if self.record.stages[-1].reused else None)
 
     def _stage(self, spec: StageSpec) -> None:
@@ -157,14 +181,8 @@ class Runner(Pipeline):
         self.store.write(spec_path, spec.model_dump_json(indent=1).encode())
         job = self._submit(spec, entry, spec_path)
         watch = StageWatch(spec.stage)
-        try:
-            self._watch(job, watch)
-        except BaseException:
-            # On Ctrl-C and cancel the job must not outlive its flow. A head of our own ends with everything on it.
-            if not self.cluster.own:
-                with suppress(ConnectionError, RuntimeError):
-                    job.stop()
-            raise
+        # On Ctrl-C and cancel the job must not outlive its flow: see ``_close``.
+        self._watch(job, watch)
         watch.close()
         if self.store.exists(spec.manifest_path):
             return True
@@ -172,18 +190,21 @@ class Runner(Pipeline):
             raise StageDamaged(f"{spec.stage}: {watch.damage}")
         if watch.error:
             raise StageRefused(f"{spec.stage}: {watch.error}")
+        if watch.lasting:
+            raise StageFailed(f"{spec.stage}: {watch.fault}")
         if entry.attempts > self.config.resources.stage_retries:
-            raise StageFailed(f"{spec.stage}: its job ended {job.status} {entry.attempts} times; {watch.last_line}")
+            said = watch.fault or watch.last_line
+            raise StageFailed(f"{spec.stage}: its job ended {job.status} {entry.attempts} times; {said}")
         return False
 
     def _submit(self, spec: StageSpec, entry: StageRecord, spec_path: str) -> Job:
         """A job named by run, stage and attempt; an id that is taken by an ended job means the next attempt."""
         command = shlex.join(self._python("-m", spec.module, "--root", self.store.uri, "--spec", spec_path))
-        number = entry.attempts
+        number, metadata = entry.attempts, {**self._metadata, "fingerprint": spec.fingerprint}
         while True:
             try:
                 job_id = f"{self.run}-{spec.stage}-{spec.fingerprint[:8]}-{number}"
-                return submit(self.cluster, job_id, command, self._environment(), {"fingerprint": spec.fingerprint})
+                return submit(self.cluster, job_id, command, self._environment(), metadata)
             except ValueError:
                 number += 1
 
@@ -217,28 +238,34 @@ class Runner(Pipeline):
             return
         self._write_lease(0)
         arguments = ("-m", "infra.engine_room", "--namespace", f"switchyard-{self.run}")
-        place = ("--root", self.store.uri, "--lease", self._lease_path)
+        place = ("--root", self.store.uri, "--lease", lease_path(self.run))
         self.room = submit(
             self.cluster,
             f"{self.run}-room-{time.time_ns():x}",
             shlex.join(self._python(*arguments, *place)),
             self._environment(),
-            {"run": self.run},
+            self._metadata,
         )
 
     @property
-    def _lease_path(self) -> str:
-        return f"runs/{self.run}/lease"
+    def _metadata(self) -> dict[str, str]:
+        """Of every job of this run: whose it is, and where its lease lies."""
+        return {"run": self.run, "root": self.store.uri}
 
     def _write_lease(self, count: int) -> None:
-        self.store.write(self._lease_path, f"{self.began}:{count}".encode())
+        self.store.write(lease_path(self.run), f"{self.began}:{count}".encode())
 
     def _renew_lease(self) -> None:
         count = 0
-        while not self._closed.wait(LEASE_SECONDS):
+        while not self._closed.wait(RENEW_SECONDS):
             if self.room:
                 count += 1
-                self._write_lease(count)
+                try:
+                    self._write_lease(count)
+                except Exception as error:
+                    # The next renewal makes up for one that a fault of the store prevented.
+                    if fault_of(error) is None:
+                        raise
 
 
 class StageWatch:
@@ -248,6 +275,8 @@ class StageWatch:
         self.stage = stage
         self.error = ""
         self.damage = ""
+        self.fault = ""
+        self.lasting = False
         self.last_line = ""
         self.log = get_run_logger()
         self.artifact = StageProgress(stage)
@@ -260,6 +289,8 @@ class StageWatch:
                     self.error = event["message"]
                 elif event["kind"] == "damaged":
                     self.damage = event["message"]
+                elif event["kind"] == "fault":
+                    self.fault, self.lasting = event["message"], event["lasting"]
                 else:
                     display().progress(self.stage, event)
                     self.artifact.update(event)
@@ -274,7 +305,18 @@ class StageWatch:
 
 def check_cancelled() -> None:
     """A cancel from the UI does not reach a flow that was started from a shell: it has to look."""
-    with get_client(sync_client=True) as client:
-        state = client.read_flow_run(flow_run.id).state
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(flow_run.id).state
+    except httpx.TransportError:
+        # A server that is being restarted is asked again later.
+        return
     if state is not None and (state.is_cancelling() or state.is_cancelled()):
         raise StageCancelled("cancelled from Prefect")
+
+
+def run_name() -> str:
+    """What a flow run is called: the name in its settings, or its preset. Settings are not checked yet here."""
+    config = flow_run.parameters.get("config")
+    known = config if isinstance(config, dict) else {"name": getattr(config, "name", None)}
+    return str(known.get("name") or known.get("preset") or "unnamed")

@@ -20,6 +20,10 @@ def environment(home: Path, url: str | None = None) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
         "PREFECT_CLI_PROMPT": "false",
+        # A run tells every half minute that it lives; `flows/reap.py` marks those that fell silent.
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        # So long a run that was started from the UI waits for its worker to look, at most.
+        "PREFECT_WORKER_QUERY_SECONDS": "3",
         "DO_NOT_TRACK": "1",
     }
     return {**settings, "PREFECT_API_URL": url} if url else settings
@@ -27,7 +31,7 @@ def environment(home: Path, url: str | None = None) -> dict[str, str]:
 
 def server_environment(home: Path, url: str) -> dict[str, str]:
     """Of the server itself. Its pages have to be told where it is: they would look at Prefect's own port."""
-    quiet = {"PREFECT_API_URL": "", "PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
+    quiet = {"PREFECT_API_URL": "", "PREFECT_LOGGING_SERVER_LEVEL": "WARNING", "PREFECT_SERVER_DATABASE_TIMEOUT": "60"}
     return {**environment(home), **quiet, "PREFECT_SERVER_UI_API_URL": url}
 
 

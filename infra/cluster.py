@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -181,15 +181,6 @@ class Job:
     def message(self) -> str:
         return self.cluster.client.get_job_info(self.id).message or ""
 
-    def stop(self, seconds: float = 15.0) -> None:
-        """Stop the job and wait until it has."""
-        if self.status in FINAL:
-            return
-        self.cluster.client.stop_job(self.id)
-        deadline = time.monotonic() + seconds
-        while self.status not in FINAL and time.monotonic() < deadline:
-            time.sleep(0.2)
-
 
 def submit(cluster: Cluster, job_id: str, command: str, environment: dict[str, str], metadata: dict[str, str]) -> Job:
     """Submit a command as a job; a job of that id that runs with the same metadata is adopted instead.
@@ -219,3 +210,19 @@ def submit(cluster: Cluster, job_id: str, command: str, environment: dict[str, s
     if info.metadata != metadata or str(info.status.value) in FINAL:
         raise ValueError(f"job {job_id} exists and is {info.status.value}")
     return Job(cluster, job_id)
+
+
+def running_jobs(cluster: Cluster) -> dict[str, dict[str, str]]:
+    """Metadata of the submitted jobs that have not ended, by id."""
+    jobs = [job for job in cluster.client.list_jobs() if job.submission_id and str(job.status.value) not in FINAL]
+    return {job.submission_id: job.metadata or {} for job in jobs}
+
+
+def stop_jobs(cluster: Cluster, ids: Iterable[str], seconds: float = 15.0) -> None:
+    """Stop jobs at once, and wait until all have ended."""
+    waiting = set(ids)
+    for job in waiting:
+        cluster.client.stop_job(job)
+    deadline = time.monotonic() + seconds
+    while waiting & running_jobs(cluster).keys() and time.monotonic() < deadline:
+        time.sleep(0.2)

@@ -43,6 +43,7 @@ class EndpointSpec(BaseModel):
     root: str
     replicas: int = 1
     gpu: bool = False
+    deadline_seconds: float = 86400.0  # of a call: a slow pace is no silence
 
     @property
     def key(self) -> str:

@@ -18,6 +18,23 @@ from infra.store import open_store
 GIB = 1 << 30
 
 
+# What ``Engine.generate`` returns, one row a conversation and seed.
+ANSWERS = pa.schema(
+    [
+        ("conversation", pa.int32()),
+        ("seed", pa.int64()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("token_ids", pa.list_(pa.int32())),
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("logprob", pa.float32()),
+        ("token_logprobs", pa.list_(pa.float32())),
+        ("best_ids", pa.list_(pa.int32())),
+        ("best_logprobs", pa.list_(pa.float32())),
+    ]
+)
+
+
 class EngineSpec(BaseModel):
     """Everything an engine is started with. Equal specs share engines: ``key`` names them in the run's namespace."""
 
@@ -34,6 +51,7 @@ class EngineSpec(BaseModel):
     gpu: bool = False
     seed: int = 0
     max_logprobs: int = 20
+    deadline_seconds: float = 1800
     vllm: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -162,25 +180,18 @@ class Engine:
         written = [list(completion.token_ids) for completion in completions]
         return pa.table(
             {
-                "conversation": pa.array([number for number, _ in index], pa.int32()),
-                "seed": pa.array([seed for _, seed in index], pa.int64()),
-                "prompt_token_ids": pa.array([p["prompt_token_ids"] for p in prompts], pa.list_(pa.int32())),
-                "token_ids": pa.array(written, pa.list_(pa.int32())),
-                "text": pa.array(self.tokenizer.batch_decode(written, skip_special_tokens=True), pa.string()),
-                "finish_reason": pa.array([completion.finish_reason for completion in completions], pa.string()),
-                "logprob": pa.array([c.cumulative_logprob if logprobs else None for c in completions], pa.float32()),
-                "token_logprobs": pa.array(
-                    [chosen(c.logprobs) if logprobs else None for c in completions], pa.list_(pa.float32())
-                ),
-                "best_ids": pa.array(
-                    [best(c.logprobs, c.logprobs.token_ids) if best_tokens else None for c in completions],
-                    pa.list_(pa.int32()),
-                ),
-                "best_logprobs": pa.array(
-                    [best(c.logprobs, c.logprobs.logprobs) if best_tokens else None for c in completions],
-                    pa.list_(pa.float32()),
-                ),
-            }
+                "conversation": [number for number, _ in index],
+                "seed": [seed for _, seed in index],
+                "prompt_token_ids": [prompt["prompt_token_ids"] for prompt in prompts],
+                "token_ids": written,
+                "text": self.tokenizer.batch_decode(written, skip_special_tokens=True),
+                "finish_reason": [completion.finish_reason for completion in completions],
+                "logprob": [c.cumulative_logprob if logprobs else None for c in completions],
+                "token_logprobs": [chosen(c.logprobs) if logprobs else None for c in completions],
+                "best_ids": [best(c.logprobs, c.logprobs.token_ids) if best_tokens else None for c in completions],
+                "best_logprobs": [best(c.logprobs, c.logprobs.logprobs) if best_tokens else None for c in completions],
+            },
+            schema=ANSWERS,
         )
 
     def choice(

@@ -15,6 +15,7 @@ import ray
 
 from infra.endpoint import Endpoint, EndpointSpec
 from infra.engine import Engine, EngineSpec
+from infra.lease import lease_counter
 from infra.store import Store, open_store
 
 ROOM = "engine-room"
@@ -66,13 +67,6 @@ def start(spec: EngineSpec | EndpointSpec, name: str) -> Any:
 def open_room() -> Any:
     """The room of this namespace, created by the caller where there is none yet."""
     return ray.remote(Room).options(name=ROOM, num_cpus=0, get_if_exists=True).remote()
-
-
-def lease_counter(store: Store, lease: str) -> bytes:
-    try:
-        return store.read(lease)
-    except FileNotFoundError:
-        return b""
 
 
 def watch(store: Store, lease: str, seconds: float) -> None:

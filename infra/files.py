@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlparse
 
-from infra.store import S3Store, open_store
+from infra.s3 import S3Store, ask, get_bytes
+from infra.store import open_store
 
 # One request to S3 brings this much; larger reads bring what they ask for.
 BUFFER_BYTES = 8 << 20
@@ -22,7 +23,7 @@ class S3File(io.RawIOBase):
 
     def __init__(self, client: Any, bucket: str, key: str) -> None:
         self.client, self.bucket, self.key = client, bucket, key
-        head = client.head_object(Bucket=bucket, Key=key)
+        head = ask(client.head_object, Bucket=bucket, Key=key)
         self.size, self.etag, self.at = head["ContentLength"], head["ETag"], 0
 
     def readable(self) -> bool:
@@ -43,10 +44,9 @@ class S3File(io.RawIOBase):
         if self.at >= self.size or not len(buffer):
             return 0
         last = min(self.at + len(buffer), self.size) - 1
-        response = self.client.get_object(
-            Bucket=self.bucket, Key=self.key, Range=f"bytes={self.at}-{last}", IfMatch=self.etag
+        data = get_bytes(
+            self.client, Bucket=self.bucket, Key=self.key, Range=f"bytes={self.at}-{last}", IfMatch=self.etag
         )
-        data = response["Body"].read()
         buffer[: len(data)] = data
         self.at += len(data)
         return len(data)

@@ -13,10 +13,11 @@ spoil each other: the second to record a shard adopts the first's part.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from infra.store import Store
 FORMAT = 1
 # Rows of one row group: small enough that a training reader holds little, large enough to compress.
 ROW_GROUP = 4096
+# Commit records that are read at once.
+READERS = 16
 
 
 class Part(BaseModel):
@@ -124,30 +127,84 @@ def record_path(folder: str, table: str, shard: int) -> str:
     return f"{folder}/{table}/{shard:05d}.json"
 
 
-def commit_part(store: Store, folder: str, table: str, shard: int, rows: pa.Table) -> Part:
-    """Write a part and its commit record; where the shard is recorded already, the recorded part is the result."""
-    buffer = io.BytesIO()
+def encode_part(folder: str, table: str, shard: int, rows: pa.Table) -> tuple[Part, pa.Buffer]:
+    """A part and its bytes."""
+    sink = pa.BufferOutputStream()
     # Bytes are compressed already: a dictionary and statistics of them would double them.
     plain = [field.name for field in rows.schema if not pa.types.is_binary(field.type)]
     pq.write_table(
-        rows, buffer, compression="zstd", row_group_size=ROW_GROUP, use_dictionary=plain, write_statistics=plain
+        rows, sink, compression="zstd", row_group_size=ROW_GROUP, use_dictionary=plain, write_statistics=plain
     )
-    data = buffer.getvalue()
+    data = sink.getvalue()
     digest = hashlib.sha256(data).hexdigest()
     path = f"{folder}/{table}/part-{shard:05d}-{digest[:16]}.parquet"
-    part = Part(shard=shard, path=path, rows=rows.num_rows, bytes=len(data), sha256=digest)
-    store.write(path, data)
-    record = record_path(folder, table, shard)
+    return Part(shard=shard, path=path, rows=rows.num_rows, bytes=len(data), sha256=digest), data
+
+
+def record_part(store: Store, part: Part, data: pa.Buffer) -> Part:
+    """Write a part and its commit record; where the shard is recorded already, the recorded part is the result."""
+    folder, table, _ = part.path.rsplit("/", 2)
+    record = record_path(folder, table, part.shard)
+    store.write(part.path, data)
     if store.create(record, part.model_dump_json().encode()):
         return part
-    return Part.model_validate_json(store.read(record))
+    first = read_record(store, record)
+    if first.path != part.path:
+        store.delete(part.path)
+    return first
+
+
+def commit_part(store: Store, folder: str, table: str, shard: int, rows: pa.Table) -> Part:
+    """Encode a part and record it."""
+    return record_part(store, *encode_part(folder, table, shard, rows))
+
+
+class Committer:
+    """Commits the parts of one folder one behind the other: while one is stored and synced, the next is encoded.
+
+    An error of the one is raised by what comes next, be it ``commit`` or ``wait``.
+    """
+
+    def __init__(self, store: Store, folder: str) -> None:
+        self.store, self.folder = store, folder
+        self._thread = ThreadPoolExecutor(1, "commit")
+        self._stored: Future[Part] | None = None
+
+    def commit(self, table: str, shard: int, rows: pa.Table) -> None:
+        part, data = encode_part(self.folder, table, shard, rows)
+        self.wait()
+        self._stored = self._thread.submit(record_part, self.store, part, data)
+
+    def wait(self) -> None:
+        """Return when everything is recorded."""
+        stored, self._stored = self._stored, None
+        if stored:
+            stored.result()
+
+
+def read_record(store: Store, path: str) -> Part:
+    return Part.model_validate_json(store.read(path))
 
 
 def committed_parts(store: Store, folder: str, table: str) -> dict[int, Part]:
     """Recorded parts of a table by shard."""
-    records = (path for path in store.list(f"{folder}/{table}") if path.endswith(".json"))
-    parts = (Part.model_validate_json(store.read(path)) for path in records)
-    return {part.shard: part for part in parts}
+    records = [path for path in store.list(f"{folder}/{table}") if path.endswith(".json")]
+    # One request each: tables of many parts would wait for one after the other.
+    with ThreadPoolExecutor(READERS) as pool:
+        return {part.shard: part for part in pool.map(partial(read_record, store), records)}
+
+
+def close_table(store: Store, folder: str, table: str, schema: pa.Schema) -> Table:
+    """The table of all recorded parts, once every shard is recorded.
+
+    Parts that a crash or a lost race left unrecorded are removed: readers of ``*.parquet`` would count rows twice.
+    """
+    parts = committed_parts(store, folder, table).values()
+    recorded = {part.path for part in parts}
+    for path in list(store.list(f"{folder}/{table}")):
+        if path.endswith(".parquet") and path not in recorded:
+            store.delete(path)
+    return table_entry(schema, parts)
 
 
 class DamagedError(ValueError):

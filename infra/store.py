@@ -9,17 +9,17 @@ Paths are relative to the store's root, use ``/``, and cannot leave the root.
 
 import os
 import shutil
-import tempfile
-import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
+
+# What has bytes to write: ``bytes``, or an Arrow buffer, which is not copied.
+Bytes = Any
 
 
 def check_path(path: str) -> str:
@@ -40,7 +40,7 @@ class Store(ABC):
         """The object's bytes; FileNotFoundError where there is none."""
 
     @abstractmethod
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: Bytes) -> None:
         """Put the object, replacing what stood there."""
 
     @abstractmethod
@@ -89,27 +89,33 @@ class LocalStore(Store):
     def read(self, path: str) -> bytes:
         return self._at(path).read_bytes()
 
-    def _staged(self, path: Path, data: bytes) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        with staged.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return staged
+    @contextmanager
+    def _staged(self, target: Path) -> Iterator[Path]:
+        """A name beside ``target`` to write to. Nothing stays under it, also where the disk is full halfway."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        try:
+            yield staged
+        finally:
+            # Where even this fails, what failed before is the cause to tell.
+            with suppress(OSError):
+                staged.unlink(missing_ok=True)
 
-    def write(self, path: str, data: bytes) -> None:
-        os.replace(self._staged(self._at(path), data), self._at(path))
+    def write(self, path: str, data: Bytes) -> None:
+        target = self._at(path)
+        with self._staged(target) as staged:
+            write_synced(staged, data)
+            os.replace(staged, target)
 
     def create(self, path: str, data: bytes) -> bool:
-        staged = self._staged(self._at(path), data)
-        try:
-            os.link(staged, self._at(path))
-        except FileExistsError:
-            return False
-        finally:
-            staged.unlink()
-        return True
+        target = self._at(path)
+        with self._staged(target) as staged:
+            write_synced(staged, data)
+            try:
+                os.link(staged, target)
+            except FileExistsError:
+                return False
+            return True
 
     def exists(self, path: str) -> bool:
         return self._at(path).is_file()
@@ -127,142 +133,37 @@ class LocalStore(Store):
         for file in sorted(folder.rglob("*")):
             if file.is_file():
                 target = self._at(f"{prefix}/{file.relative_to(folder).as_posix()}")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-                shutil.copyfile(file, staged)
-                os.replace(staged, target)
+                with self._staged(target) as staged:
+                    shutil.copyfile(file, staged)
+                    sync(staged)
+                    os.replace(staged, target)
 
     def copy(self, source: str, target: str) -> None:
-        self._at(target).parent.mkdir(parents=True, exist_ok=True)
-        staged = self._at(target).with_name(f".{uuid.uuid4().hex}")
-        # Objects are replaced, never changed in place, so a second name for the same bytes is a copy.
-        os.link(self._at(source), staged)
-        os.replace(staged, self._at(target))
+        place = self._at(target)
+        with self._staged(place) as staged:
+            # Objects are replaced, never changed in place, so a second name for the same bytes is a copy.
+            os.link(self._at(source), staged)
+            os.replace(staged, place)
 
     def localise(self, prefix: str, without: str = "") -> Path:
         return self._at(prefix)
 
 
-class S3Store(Store):
-    """A bucket prefix on S3 or anything that speaks it. Credentials, region and endpoint by boto3's standard chain
-    (``AWS_ENDPOINT_URL`` names another server)."""
+def write_synced(file: Path, data: Bytes) -> None:
+    """Bytes on disk, not only on their way. OSErrors name the file."""
+    try:
+        with file.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        error.filename = str(file)
+        raise
 
-    # How often a conflicting or unanswered conditional put is tried before its error is let through.
-    CREATE_TRIES = 5
 
-    def __init__(self, bucket: str, prefix: str, cache: Path | None = None) -> None:
-        import boto3
-        from botocore.config import Config
-
-        self.bucket, self.prefix = bucket, prefix.strip("/")
-        self.uri = f"s3://{bucket}/{self.prefix}".rstrip("/")
-        self.cache = cache or Path(tempfile.gettempdir()) / f"switchyard-{os.getuid()}"
-        self.client: Any = boto3.client(
-            "s3",
-            config=Config(
-                retries={"mode": "standard", "max_attempts": 8},
-                # Servers older than boto3 1.36's default checksums reject them.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-                max_pool_connections=32,
-            ),
-        )
-
-    def _key(self, path: str) -> str:
-        return f"{self.prefix}/{check_path(path)}".lstrip("/")
-
-    def read(self, path: str) -> bytes:
-        try:
-            return self.client.get_object(Bucket=self.bucket, Key=self._key(path))["Body"].read()
-        except self.client.exceptions.NoSuchKey:
-            raise FileNotFoundError(f"no object {self.location(path)}") from None
-
-    def write(self, path: str, data: bytes) -> None:
-        self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
-
-    def create(self, path: str, data: bytes) -> bool:
-        from botocore.exceptions import ClientError
-
-        # A retried put whose first answer was lost meets its own object: the writer's id tells it from another's.
-        writer = uuid.uuid4().hex
-        for attempt in range(self.CREATE_TRIES):
-            try:
-                self.client.put_object(
-                    Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*", Metadata={"writer": writer}
-                )
-                return True
-            except ClientError as error:
-                status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-                if status == 412:
-                    head = self.client.head_object(Bucket=self.bucket, Key=self._key(path))
-                    return head["Metadata"].get("writer") == writer
-                # 409: another conditional put is under way on the same key.
-                if status != 409 or attempt == self.CREATE_TRIES - 1:
-                    raise
-                time.sleep(0.1 * 2**attempt)
-        raise AssertionError("unreachable: the last try returns or raises")
-
-    def exists(self, path: str) -> bool:
-        from botocore.exceptions import ClientError
-
-        try:
-            self.client.head_object(Bucket=self.bucket, Key=self._key(path))
-        except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
-                return False
-            raise
-        return True
-
-    def list(self, prefix: str) -> Iterator[str]:
-        start = len(self._key("x")) - 1
-        pages = self.client.get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=self.bucket, Prefix=self._key(prefix) + "/"):
-            yield from (item["Key"][start:] for item in page.get("Contents", ()))
-
-    def delete(self, path: str) -> None:
-        self.client.delete_object(Bucket=self.bucket, Key=self._key(path))
-
-    def upload(self, folder: Path, prefix: str) -> None:
-        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-        with ThreadPoolExecutor(8) as pool:
-            list(
-                pool.map(
-                    lambda file: self.client.upload_file(
-                        str(file), self.bucket, self._key(f"{prefix}/{file.relative_to(folder).as_posix()}")
-                    ),
-                    files,
-                )
-            )
-
-    def copy(self, source: str, target: str) -> None:
-        self.client.copy({"Bucket": self.bucket, "Key": self._key(source)}, self.bucket, self._key(target))
-
-    def localise(self, prefix: str, without: str = "") -> Path:
-        """The copy is keyed by place: what stands below a committed prefix never changes, so it is fetched once."""
-        target = self.cache / self.bucket / self._key(prefix)
-        if target.is_dir():
-            return target
-        if without:
-            target = target.with_name(f"{target.name}-without{without}")
-            if target.is_dir():
-                return target
-        staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        paths = [path for path in self.list(prefix) if not (without and path.endswith(without))]
-        if not paths:
-            raise FileNotFoundError(f"nothing below {self.location(prefix)}")
-
-        def fetch(path: str) -> None:
-            file = staged / path[len(check_path(prefix)) + 1 :]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self.client.download_file(self.bucket, self._key(path), str(file))
-
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(fetch, paths))
-        # Another process of this machine may have brought the same copy meanwhile.
-        with suppress(OSError):
-            os.rename(staged, target)
-        shutil.rmtree(staged, ignore_errors=True)
-        return target
+def sync(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 @lru_cache(maxsize=16)
@@ -270,6 +171,8 @@ def open_store(uri: str) -> Store:
     """The store at a folder or ``s3://bucket/prefix``. ValueError for any other scheme."""
     parsed = urlparse(uri)
     if parsed.scheme == "s3":
+        from infra.s3 import S3Store
+
         return S3Store(parsed.netloc, parsed.path)
     if parsed.scheme in ("", "file"):
         return LocalStore(Path(parsed.path))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kernels.gate import Constant
+from kernels.packed import packed
 from kernels.reference import Padded
 from kernels.rollout import Forwards, Record, Rollout
 from kernels.rules import Rules, Sampling, evaluating
@@ -34,7 +35,7 @@ def alone(
     rules = Rules.of(student, student, prompts, keys_B, gate, max_new_tokens, eos_ids, sampling, sampling, vocab_size)
     record = Record(rules.limits_N, rules.dtype)
     lengths = [0] * len(prompts)
-    with evaluating(student):
+    with evaluating(student), packed(student):
         model = Padded(student, prompts)
         seq_B, token_B = torch.arange(len(prompts), device=student.device), model.last_B
         for t in range(record.longest):

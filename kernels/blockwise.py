@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from kernels.gate import Gate
 from kernels.pace import Pace
+from kernels.packed import packed
 from kernels.rollout import Record, Rollout
 from kernels.rows import RowModel
 from kernels.rules import Head, Role, Rules, Sampling, evaluating, watch_head
@@ -88,7 +89,7 @@ def blockwise(
         teacher_sampling,
         vocab_size,
     )
-    with evaluating(student, teacher), watch_head(teacher) as head:
+    with evaluating(student, teacher), packed(student, teacher), watch_head(teacher) as head:
         table = _Table(student, teacher, prompts, rules, min(slots or len(prompts), len(prompts)), head)
         table.keep_hidden = keep_teacher_hidden
         pace = pace or Pace()

@@ -1,6 +1,7 @@
-"""How well a confidence knows correctness: ranking (AUROC), error (Brier), reliability bins, and Wilson intervals.
+"""How well a confidence knows correctness: ranking (AUROC), error (Brier), reliability bins, and Wilson intervals; and
+the map that makes it know better.
 
-Shapes: N scored answers, K bins. Confidences lie in [0, 1], `correct` holds booleans.
+Shapes: N scored answers, K bins or knots. Confidences lie in [0, 1], `correct` holds booleans.
 """
 
 from statistics import NormalDist
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import isotonic_regression
 
 
 class Reliability(NamedTuple):
@@ -62,6 +64,26 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
     half = z * (share * (1 - share) / trials + (z / (2 * trials)) ** 2) ** 0.5
     scale = 1 + z * z / trials
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+class Isotonic(NamedTuple):
+    """A map from confidence to the share correct that never falls: straight between its knots [K], flat outside."""
+
+    confidence: NDArray
+    accuracy: NDArray
+
+    def __call__(self, confidence: ArrayLike) -> NDArray:
+        return np.interp(np.asarray(confidence, np.float64), self.confidence, self.accuracy)
+
+
+def isotonic(confidence: ArrayLike, correct: ArrayLike) -> Isotonic:
+    """The rising map of least squared error (Zadrozny & Elkan 2002). ValueError without an answer to fit."""
+    confidence_N, correct_N = _pair(confidence, correct)
+    if not len(correct_N):
+        raise ValueError("no answer to fit a calibration to")
+    knots_K, knot_N, counts_K = np.unique(confidence_N, return_inverse=True, return_counts=True)
+    shares_K = np.bincount(knot_N, correct_N) / counts_K
+    return Isotonic(knots_K, isotonic_regression(shares_K, weights=counts_K).x)
 
 
 def _pair(confidence: ArrayLike, correct: ArrayLike) -> tuple[NDArray, NDArray]:

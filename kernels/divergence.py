@@ -189,7 +189,7 @@ def pointwise(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
     summands = divergence.variation * 0.5 * (p - q).abs()
     for term in divergence.terms:
-        log_b = _log_mixture(log_p, log_q, term.teacher_share)
+        log_b = log_mixture(log_p, log_q, term.teacher_share)
         first, log_first = (p, log_p) if term.first == "p" else (q, log_q)
         summands = summands + term.weight * first * (log_first - log_b)
     return summands
@@ -201,7 +201,8 @@ def log_softmax(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
     return (logits_NV if temperature == 1.0 else logits_NV / temperature).log_softmax(-1).clamp(min=LOG_ZERO)
 
 
-def _log_mixture(log_p: Tensor, log_q: Tensor, teacher_share: float) -> Tensor:
+def log_mixture(log_p: Tensor, log_q: Tensor, teacher_share: float) -> Tensor:
+    """log(c·p + (1 − c)·q) of each entry, exact at c = 0 and c = 1."""
     if teacher_share == 0.0:
         return log_q
     if teacher_share == 1.0:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from kernels.gate import Gate
+from kernels.packed import packed
 from kernels.rollout import Forwards, Record, Rollout
 from kernels.rules import Rules, Sampling, evaluating, watch_head
 
@@ -94,7 +95,7 @@ def reference(
     record = Record(rules.limits_N, rules.dtype)
     lengths = [0] * len(prompts)
 
-    with evaluating(student, teacher), watch_head(teacher) as head:
+    with evaluating(student, teacher), packed(student, teacher), watch_head(teacher) as head:
         q, p = Padded(student, prompts), Padded(teacher, prompts)
         seq_B, token_B = torch.arange(len(prompts), device=student.device), q.last_B
         for t in range(record.longest):

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.engines import Call
+from tasks.calls import Call
 from tasks.ledger import Amount, BudgetExhausted, Reservation
 from tasks.purse import Purse
 
@@ -131,7 +131,9 @@ def bill(answers: pa.Table) -> tuple[dict[int, Amount], dict[int, str], int]:
     if "lost" in answers.column_names:
         read, written, lost = answers["prompt_tokens"], answers["completion_tokens"], pc.sum(answers["lost"]).as_py()
     else:
-        read, written = (pc.list_value_length(answers[name]) for name in ("prompt_token_ids", "token_ids"))
+        lengths = (pc.list_value_length(answers[name]) for name in ("prompt_token_ids", "token_ids"))
+        # A request that its engine dies of has neither.
+        read, written = (pc.fill_null(length, 0) for length in lengths)
         lost = 0
     used: dict[int, Amount] = {}
     reasons: dict[int, str] = {}

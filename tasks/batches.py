@@ -111,7 +111,8 @@ class Order:
 @dataclass(frozen=True)
 class Sequence:
     """A prompt and a response. ``teacher_hidden_TG``: what the teacher's projection saw at each response position;
-    ``distributions``: the teacher's there, as the annotation kept them."""
+    ``distributions``: the teacher's there, as the annotation kept them; ``drawn_2T``: of each token the log-probability
+    it was drawn with, and its advantage, where the method has such."""
 
     name: str
     prompt: Tensor
@@ -120,6 +121,7 @@ class Sequence:
     on_policy: bool = False
     teacher_hidden_TG: Tensor | None = None
     distributions: bytes | None = None
+    drawn_2T: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -146,6 +148,11 @@ class Batch:
     targets_N: Tensor
     weights_N: Tensor  # float64: it carries the division by the global token count
     on_policy_N: Tensor
+
+    def only(self, chosen_N: Tensor) -> "Batch":
+        """The same sequences with these response positions only."""
+        parts = (self.where_N, self.targets_N, self.weights_N, self.on_policy_N)
+        return Batch(self.ids_BL, *(part[chosen_N] for part in parts))
 
 
 def collate(sequences: list[Sequence], device: torch.device) -> Batch:

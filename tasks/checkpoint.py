@@ -5,6 +5,7 @@
     weights.safetensors      what learns, whole tensors in float32, however many workers hold them
     optimizer.safetensors    AdamW's two moments of each
     best.safetensors         the weights of the best validation, if they are kept
+    pool.parquet             rollouts that are trained on again, of methods that keep them
     student/                 the finished student, only in a stage's last checkpoint
 
 Everything else is a function of the seed and the counters: the order of the data, the noise of rollouts, and dropout.
@@ -20,6 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tasks.batches import Sequence
+from tasks.pool import load_pool, save_pool
 from tasks.schemas import STEP
 from tasks.student import Student, fill, full
 
@@ -45,6 +48,8 @@ class State:
     teacher_tokens: int = 0  # response positions the teacher decided in rollouts
     capped: int = 0  # sequences that were annotated rows because the cap on teacher tokens was reached
     start_loss: float | None = None  # validation before the first step
+    phi_steps: int = 0  # how often DistiLLM's φ has grown
+    phi_loss: float | None = None  # validation cross entropy when it last did; at first, before training
     best: Best | None = None
     finished: bool = False
     peak_bytes: int = 0
@@ -53,15 +58,18 @@ class State:
     seconds: dict[str, float] = field(default_factory=dict)
     positions: list[list[int]] = field(default_factory=list)  # emitted, interventions, agreeing, cuts; by position
     steps: list[dict[str, float | None]] = field(default_factory=list)
+    pool: list[Sequence] = field(default_factory=list)  # rollouts that are trained on again; the oldest first
 
     def spend(self, what: str, seconds: float) -> None:
         self.seconds[what] = self.seconds.get(what, 0.0) + seconds
 
 
 def save_state(folder: Path, state: State) -> None:
-    """Counters and curve."""
+    """Counters, curve and pool."""
     values = vars(state) | {"best": state.best and {"step": state.best.step, "loss": state.best.loss}}
     curve = pa.Table.from_pylist(values.pop("steps"), STEP)
+    if pool := values.pop("pool"):
+        save_pool(folder / "pool.parquet", pool)
     (folder / "state.json").write_text(json.dumps(values))
     pq.write_table(curve, folder / "steps.parquet")
 
@@ -69,7 +77,8 @@ def save_state(folder: Path, state: State) -> None:
 def load_state(folder: Path) -> State:
     values = json.loads((folder / "state.json").read_text())
     values["best"] = Best(**values["best"]) if values["best"] else None
-    return State(**values, steps=pq.read_table(folder / "steps.parquet").to_pylist())
+    pool = load_pool(folder / "pool.parquet") if (folder / "pool.parquet").exists() else []
+    return State(**values, steps=pq.read_table(folder / "steps.parquet").to_pylist(), pool=pool)
 
 
 def save(folder: Path, state: State, student: Student, optimizer: torch.optim.Optimizer) -> None:

@@ -4,7 +4,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -14,7 +13,9 @@ from infra.endpoint import EndpointSpec
 from infra.engine import EngineSpec
 from infra.engine_room import ROOM, open_room
 from infra.models import ModelRef
+from tasks.calls import Call
 from tasks.connection import connected
+from tasks.isolate import EngineLost, isolate
 from tasks.stage import Stage
 
 Key = TypeVar("Key")
@@ -22,22 +23,11 @@ Key = TypeVar("Key")
 IN_FLIGHT = 2
 # How long a stage waits for an engine room that is starting, or starting again.
 ROOM_SECONDS = 300.0
-# How often one shard is tried before its error is the stage's.
-SHARD_TRIES = 3
+# How often one shard is tried whole, before the requests that its engine dies of are looked for.
+SHARD_TRIES = 2
+# How often engines are looked after while their results are waited for.
+WATCH_SECONDS = 5.0
 END = object()
-
-
-@dataclass(frozen=True)
-class Call:
-    """One method call of an engine; the same call can be made again on another."""
-
-    method: str
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-    def on(self, engine: Any) -> Any:
-        """Ray's reference of the result."""
-        return getattr(engine, self.method).remote(*self.arguments, **self.options)
 
 
 class EnginePool:
@@ -46,6 +36,7 @@ class EnginePool:
     def __init__(self, room: "EngineAccess", spec: EngineSpec | EndpointSpec) -> None:
         self.access, self.spec = room, spec
         self.names: list[str] = []
+        self.heard: dict[Any, float] = {}  # by engine at work: when it last finished a call, or was given its first
 
     def actors(self) -> list[Any]:
         """Handles by name, looked up again after the room was replaced."""
@@ -57,9 +48,11 @@ class EnginePool:
     ) -> Iterator[tuple[Key, Any]]:
         """Results by key, as they come. None among the calls: the next one waits for a result.
 
-        A call whose engine died is made again, or the one that ``again`` puts in its place, which may have to wait for
-        a result too; one whose engine raised costs that engine its life first, since a raised error leaves an engine in
-        a state nobody has checked.
+        A call whose engine died or hung is made again, or the one that ``again`` puts in its place, which may have to
+        wait for a result too; one whose engine raised costs that engine its life first, since a raised error leaves an
+        engine in a state nobody has checked. Requests that an engine never survives are left out of the result: see
+        ``tasks/isolate.py``. Looking for them sends the others again many times, so it is not done where ``again``
+        keeps a budget: there the cap on spending ends it.
         """
         source = iter(calls)
         actors = self.actors()
@@ -86,21 +79,54 @@ class EnginePool:
             if not running:
                 assert following is END, "a call that waits, waits for another's result"
                 return
-            (reference, *_), _ = ray.wait(list(running), num_returns=1)
+            reference = self.finished({reference: entry[2] for reference, entry in running.items()})
             key, call, actor, tries = running.pop(reference)
             try:
                 result = ray.get(reference)
             except (RayActorError, RayTaskError) as error:
-                if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
-                    raise error.cause from None
-                if tries == SHARD_TRIES:
-                    raise
+                refuse_mistakes(error)
+                if tries == SHARD_TRIES and again is None:
+                    idle.append(self.revived(actor, kill=isinstance(error, RayTaskError)))
+                    result, reasons = isolate(call, self.ask)
+                    for reason in reasons:
+                        self.access.stage.log.warning("a request is left out, its engine dies of it: %s", reason)
+                    yield key, result
+                    continue
                 self.access.stage.log.warning("engine lost, a shard is sent again: %s", last_line(error))
                 lost.append((key, call, tries + 1))
                 idle.append(self.revived(actor, kill=isinstance(error, RayTaskError)))
                 continue
             idle.append(actor)
             yield key, result
+
+    def finished(self, running: dict[Any, Any]) -> Any:
+        """The reference of a call that ended, of those that engines (the values) work on. An engine that ends none for
+        its deadline is ended itself, and its calls with it."""
+        while True:
+            now = time.monotonic()
+            self.heard = {actor: self.heard.get(actor, now) for actor in running.values()}
+            ended, _ = ray.wait(list(running), num_returns=1, timeout=min(WATCH_SECONDS, self.spec.deadline_seconds))
+            if ended:
+                self.heard[running[ended[0]]] = time.monotonic()
+                return ended[0]
+            for actor, heard in self.heard.items():
+                if time.monotonic() - heard > self.spec.deadline_seconds:
+                    seconds = self.spec.deadline_seconds
+                    self.access.stage.log.warning("an engine was silent for %g s: it is started again", seconds)
+                    ray.kill(actor, no_restart=False)
+                    self.heard[actor] = time.monotonic()
+
+    def ask(self, call: Call) -> Any:
+        """One call on one engine, beside what else that engine has to do; EngineLost where it does not survive it."""
+        actor = self.actors()[0]
+        # Another call may be before it: as long again.
+        self.heard[actor] = time.monotonic() + self.spec.deadline_seconds
+        try:
+            return ray.get(self.finished({call.on(actor): actor}))
+        except (RayActorError, RayTaskError) as error:
+            refuse_mistakes(error)
+            self.revived(actor, kill=isinstance(error, RayTaskError))
+            raise EngineLost(last_line(error)) from error
 
     def revived(self, actor: Any, kill: bool) -> Any:
         """The same engine restarted by Ray, or, where its room died with it, the new room's."""
@@ -118,6 +144,12 @@ class EnginePool:
         except (RayActorError, GetTimeoutError):
             pass
         return self.actors()[0]
+
+
+def refuse_mistakes(error: Exception) -> None:
+    """A user's mistake is no fault of the engine's that found it."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
+        raise error.cause from None
 
 
 def last_line(error: Exception) -> str:

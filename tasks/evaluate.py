@@ -152,6 +152,8 @@ class Evaluation:
         for number, answer in enumerate(answers.to_pylist()):
             prompt = prompts[answer["conversation"]]
             reference = self.reference(prompt)
+            # What the engine died of is an answer that is not there, and a wrong one.
+            text = answer["text"] or ""
             rows.append(
                 {
                     "label": label,
@@ -159,11 +161,11 @@ class Evaluation:
                     "source": prompt["source"],
                     "sample_index": number % seeds,
                     "seed": self.settings.evaluate.seeds[number % seeds],
-                    "text": answer["text"],
-                    "final_answer": final_answer(prompt["verifier"], answer["text"], prompt["entry"]),
-                    "correct": is_correct(prompt["verifier"], answer["text"], prompt["answer"], prompt["entry"]),
-                    "rouge_l": rouge_l(answer["text"], [reference]) if reference else None,
-                    "tokens": len(answer["token_ids"]),
+                    "text": text,
+                    "final_answer": final_answer(prompt["verifier"], text, prompt["entry"]),
+                    "correct": is_correct(prompt["verifier"], text, prompt["answer"], prompt["entry"]),
+                    "rouge_l": rouge_l(text, [reference]) if reference else None,
+                    "tokens": len(answer["token_ids"] or []),
                     "finish_reason": answer["finish_reason"],
                 }
             )
@@ -171,8 +173,8 @@ class Evaluation:
 
 
 def losses(label: str, prompts: list[dict[str, Any]], means: list[float], counts: list[int]) -> pa.Table:
-    """Response losses as rows: the loss is the negative mean log-probability."""
-    return pa.table(
+    """Response losses as rows: the loss is the negative mean log-probability. What the engine died of has none."""
+    table = pa.table(
         {
             "label": [label] * len(prompts),
             "prompt_id": [prompt["prompt_id"] for prompt in prompts],
@@ -182,6 +184,7 @@ def losses(label: str, prompts: list[dict[str, Any]], means: list[float], counts
         },
         schema=schemas.RESPONSE_LOSS,
     )
+    return table.filter(pc.is_finite(table["loss"]))
 
 
 def run(stage: Stage[EvaluateSettings]) -> None:

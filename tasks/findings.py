@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from infra.manifest import read_rows, read_table
+from infra.manifest import Manifest, read_rows, read_table
 from infra.store import Store
 from kernels.calibration import auroc, brier
 from tasks import plots
@@ -106,6 +106,9 @@ def confidence(store: Store, manifests: Manifests) -> tuple[list[Finding], list[
     }
     least = (manifests[name].facts.get("threshold") for name in ("warmup-keep", "keep") if name in manifests)
     dropped = " and ".join(dict.fromkeys(f"{value:.2f}" for value in least if value))
+    pairs = calibrated(store, manifests)
+    if pairs:
+        dropped += " after calibration"
     figures, calibrations, known = [], [], {}
     for name, (inputs, table, column) in asked.items():
         found = columns(store, manifests, inputs, table, [column, "correct"])
@@ -119,12 +122,41 @@ def confidence(store: Store, manifests: Manifests) -> tuple[list[Finding], list[
         figures.append(finding(f"TA's confidence in the {name}", note, plots.confidence, scores, correct))
         if not np.isnan(correct).all():
             known[name] = pair = (scores[~np.isnan(correct)], correct[~np.isnan(correct)] == 1)
-            marks = (len(scores), len(pair[0]), float(pair[1].mean()), brier(*pair), auroc(*pair))
-            calibrations.append(Calibration(name, *marks))
+            calibrations.append(marks(name, len(scores), *pair))
+    for kind, pair in pairs.items():
+        calibrations.append(marks(f"annotations, {kind}", len(pair[0]), *pair))
+    if pairs:
+        known["annotations, calibrated"] = pairs["calibrated"]
     if known:
         note = "On the dashed line answers of 70 % confidence are right in 70 % of cases. Bars: 95 % Wilson intervals."
         figures.append(finding("Is the TA's confidence honest?", note, plots.calibration, known, size=TALL))
     return figures, calibrations
+
+
+def marks(name: str, scored: int, confidences: NDArray, correct: NDArray) -> Calibration:
+    """Of answers that are known to be right or wrong."""
+    pair = confidences, correct
+    return Calibration(name, scored, len(correct), float(correct.mean()), brier(*pair), auroc(*pair))
+
+
+def calibrates(keep: Manifest) -> bool:
+    """Whether the stage kept by calibrated confidence."""
+    return bool(keep.facts.get("calibration", {}).get("used"))
+
+
+def calibrated(store: Store, manifests: Manifests) -> dict[str, tuple[NDArray, NDArray]]:
+    """Confidence in annotations and whether they are correct, before and after calibration, on the same rows: those
+    it was not fitted on and whose answer is known. Empty where nothing was calibrated."""
+    names = [name for name in ("warmup-keep", "keep") if name in manifests and calibrates(manifests[name])]
+    found = columns(store, manifests, names, "scores", ["ta_teacher", "calibrated", "calibrates", "correct"])
+    other = (found["calibrates"] == 0) & ~np.isnan(found["correct"]) & ~np.isnan(found["ta_teacher"])
+    if not other.any():
+        return {}
+    correct = found["correct"][other] == 1
+    return {
+        "as scored": (found["ta_teacher"][other], correct),
+        "calibrated": (found["calibrated"][other], correct),
+    }
 
 
 def training(store: Store, manifests: Manifests, name: str, title: str, config: TrainConfig) -> list[Finding]:
@@ -141,9 +173,9 @@ def training(store: Store, manifests: Manifests, name: str, title: str, config: 
     if positions["emitted"].sum():
         gate = getattr(config.method, "gate", None)
         decay = gate if isinstance(gate, ExponentialDecay) else None
-        note = (
-            "The teacher decides where it and the student differ by more than τ; it agrees where both drew one token."
-        )
+        note = "Where the teacher decides, it agrees if both drew one token."
+        if decay:
+            note = "The teacher decides where both differ by more than τ; it agrees if both drew one token."
         drawn = (plots.interventions, positions, decay)
         figures.append(finding(f"{title}: who writes, by position", note, *drawn, size=TALL, **STRIP))
     if not np.isnan(steps["response_length"]).all():

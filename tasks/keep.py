@@ -2,9 +2,11 @@
 
     python -m tasks.keep --spec SPEC.json
 
-Every annotation stays in ``scores`` with its confidence and the reason it was kept or dropped.
+Every annotation stays in ``scores`` with its confidence and the reason it was kept or dropped. The confidence may be
+calibrated first (``tasks/calibrate.py``).
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from pydantic import Field
 
 from infra.manifest import read_part
 from tasks import schemas
+from tasks.calibrate import Fit, fitted
 from tasks.config.base import Config
 from tasks.config.signals import Confidence, Keep, PTrue
 from tasks.engines import Call, engines, model_of
@@ -39,6 +42,10 @@ class KeepSettings(Config):
     """The rule."""
     template_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template."""
+    validation_share: float = 0.0
+    """Training's: which prompts are validation, where the confidence is calibrated."""
+    seed: int = 0
+    """Seed of the run: which prompts are validation."""
 
 
 def pairs(stage: Stage[KeepSettings]) -> Iterator[tuple[int, list[dict[str, Any]], pa.Table]]:
@@ -102,8 +109,8 @@ def threshold(keep: Keep, confidences: np.ndarray) -> float:
     """The confidence from which an annotation is kept."""
     if keep.rule == "absolute":
         return keep.threshold
-    if keep.rule == "quantile" and len(confidences):
-        return float(np.quantile(confidences, keep.threshold))
+    if keep.rule == "quantile" and not np.isnan(confidences).all():
+        return float(np.nanquantile(confidences, keep.threshold))
     return 0.0
 
 
@@ -113,6 +120,8 @@ def reason(keep: Keep, least: float, sample: dict[str, Any], confidence: float) 
         return "empty"
     if keep.drop_truncated and sample["finish_reason"] == "length":
         return "truncated"
+    if math.isnan(confidence):
+        return "unscored"
     return "kept" if confidence >= least else "below_threshold"
 
 
@@ -121,13 +130,17 @@ def filter_shard(
     shard: int,
     prompts: list[dict[str, Any]],
     samples: pa.Table,
-    confidences: list[float],
+    confidences: np.ndarray,
+    fit: Fit | None,
     least: float,
 ) -> None:
     """Commit one shard's scores, kept rows and charged prompts."""
     keep = stage.settings.keep
     scores, kept = [], []
-    for prompt, sample, confidence in zip(prompts, samples.to_pylist(), confidences, strict=True):
+    deciding = fit.map(confidences) if fit else confidences
+    for prompt, sample, raw, confidence in zip(
+        prompts, samples.to_pylist(), confidences.tolist(), deciding.tolist(), strict=True
+    ):
         why = reason(keep, least, sample, confidence)
         shared = {"sample_id": sample["sample_id"], "prompt_id": sample["prompt_id"], "source": prompt["source"]}
         scores.append(
@@ -136,7 +149,9 @@ def filter_shard(
                 "text": sample["text"],
                 "final_answer": final_answer(prompt["verifier"], sample["text"], prompt["entry"]),
                 "correct": is_correct(prompt["verifier"], sample["text"], prompt["answer"], prompt["entry"]),
-                "ta_teacher": confidence,
+                "ta_teacher": None if math.isnan(raw) else raw,
+                "calibrated": confidence if fit and not math.isnan(raw) else None,
+                "calibrates": sample["sample_id"] in fit.seen if fit else None,
                 "kept": why == "kept",
                 "reason": why,
             }
@@ -172,9 +187,15 @@ def run(stage: Stage[KeepSettings]) -> None:
     confidence_by_shard = {
         shard: read_part(stage.store, part)["confidence"].to_numpy() for shard, part in parts.items()
     }
-    least = threshold(stage.settings.keep, np.concatenate([[], *confidence_by_shard.values()]))
+    keep, fit, confidences = stage.settings.keep, None, np.concatenate([[], *confidence_by_shard.values()])
+    if keep.calibrate:
+        fit, known = fitted(
+            pairs(stage), confidence_by_shard, keep.calibrate, stage.settings.seed, stage.settings.validation_share
+        )
+        stage.facts["calibration"] = {"known": known, "used": fit is not None}
+    least = threshold(keep, fit.map(confidences) if fit else confidences)
     for shard, prompts, samples in pairs(stage):
-        filter_shard(stage, shard, prompts, samples, confidence_by_shard[shard].tolist(), least)
+        filter_shard(stage, shard, prompts, samples, confidence_by_shard[shard], fit, least)
     for table, schema in (("scores", schemas.SCORE), ("kept", schemas.KEPT), ("charged", schemas.CHARGED)):
         stage.close_table(table, schema)
     stage.facts.update(

@@ -14,7 +14,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ from infra.models import load_model, local_folder
 from infra.store import open_store
 from kernels.noise import sequence_key
 from tasks.batches import Sequence, collate, micro_batches, row_sequence
+from tasks.catalogue import feed_of, method_of
 from tasks.checkpoint import Best, State, load, load_state, save, save_state
-from tasks.feed import Feed
-from tasks.methods import method_of
 from tasks.parity import check
 from tasks.plan import Plan
+from tasks.resume import newest, seal, storage
 from tasks.student import Student, World, check_projection, export, full
 
 
@@ -49,7 +48,7 @@ class Loop:
         if plan.teacher:
             vocabulary = min(vocabulary, plan.teacher.vocab_size)
         self.method = method_of(self.config.method, teacher, vocabulary)
-        self.feed = Feed(plan, self.method)
+        self.feed = feed_of(plan, self.method)
         self.optimizer = torch.optim.AdamW(
             self.student.trained().values(), betas=self.config.betas, weight_decay=self.config.weight_decay
         )
@@ -64,27 +63,33 @@ class Loop:
         try:
             load = self.feed.load(state, self.student)
         except ValueError as error:
-            names = self.feed.names([draw for made in self.feed.ready for draw in made.draws])
-            raise ValueError(self._where(state.step + 1, f"{error} on {', '.join(names)}")) from error
+            names = ", ".join(draw.name for draw in self.feed.asked)
+            raise ValueError(self._where(state.step + 1, f"{error} on {names}")) from error
         rollout_seconds = time.monotonic() - started
 
         counts = world.sum(self.feed.counts(load))
-        on_weight, off_weight, tokens, rollouts, rollout_tokens, ended = counts[:6].tolist()
+        on_weight, off_weight, tokens, pooled, rollouts, rollout_tokens, ended = counts[:7].tolist()
         weight = on_weight + off_weight
-        sums = self._gradients(load.sequences, weight)
+        try:
+            sums = self._gradients(load.sequences, weight)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            size, rows = self.config.micro_batch, ", ".join(self.feed.names(load.draws))
+            raise MemoryError(f"step {state.step + 1}: out of memory at train.micro_batch {size} on {rows}") from error
         self.student.sum_gradients()
         norm = full(torch.nn.utils.clip_grad_norm_(self.student.trained().values(), self.config.clip_norm)).item()
         loss_on, loss_off = world.sum(sums).tolist()
         loss = (loss_on + loss_off) / weight if weight else 0.0
         if not math.isfinite(loss + norm):
-            rows = ", ".join(self.feed.names(load.draws))
+            rows = ", ".join(draw.name for draw in load.draws)
             raise ValueError(self._where(state.step + 1, f"loss {loss}, gradient norm {norm} on {rows}"))
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.learning_rate(state.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-        positions_4T = counts[6:].long().view(4, self.method.max_new_tokens)
+        positions_4T = counts[7:].long().view(4, self.method.max_new_tokens)
         state.positions = (torch.tensor(state.positions) + positions_4T).tolist()
         state.teacher_tokens += int(rollout_tokens)
         state.step += 1
@@ -106,6 +111,9 @@ class Loop:
             "response_length": rollout_tokens / rollouts if rollouts else None,
             "eos_rate": ended / rollouts if rollouts else None,
             "teacher_tokens": int(rollout_tokens),
+            "rollouts": int(rollouts),
+            "pooled": int(pooled),
+            "phi": self.feed.phi(state),
         }
         state.steps.append(row)
         return row
@@ -131,26 +139,25 @@ class Loop:
 
     @torch.no_grad()
     def validate(self) -> float | None:
-        """The method's own loss per response token of the validation rows, in nats; None where there are none.
-
-        Not the cross entropy for all: a mode-seeking divergence may raise it while the student comes closer.
-        """
+        """The method's own loss per response token of the validation rows, in nats; None where there are none."""
         table, started = self.feed.data.validation, time.monotonic()
         if not table.num_rows:
             return None
         self.student.eval()
         mine = [row_sequence(table, index) for index in range(self.world.rank, table.num_rows, self.world.size)]
-        sums = torch.zeros(2, dtype=torch.float64)
+        rows = []
         for part in self._parts(mine, table.num_rows):
-            objective = partial(self.method.loss, sequences=part)
-            _, losses_N = self.student(collate(part, self.world.device), objective)
-            sums += torch.tensor([losses_N.double().sum().item(), len(losses_N)])
+            objective = partial(self.method.validate, sequences=part)
+            losses = self.student(collate(part, self.world.device), objective)
+            rows.append([*(losses_N.double().sum().item() for losses_N in losses), len(losses[0])])
         self.student.reshard()
-        loss, tokens = self.world.sum(sums).tolist()
+        *sums, tokens = self.world.sum(torch.tensor(rows, dtype=torch.float64).sum(0)).tolist()
         self.state.spend("validation", time.monotonic() - started)
-        if not math.isfinite(loss):
-            raise ValueError(self._where(self.state.step, f"validation loss {loss}"))
-        return loss / tokens
+        if not math.isfinite(sums[0]):
+            raise ValueError(self._where(self.state.step, f"validation loss {sums[0]}"))
+        means = [total / tokens for total in sums]
+        self.feed.validated(self.state, means)
+        return means[0]
 
     def keep_best(self, loss: float | None) -> None:
         """Remember the current weights if they validate best so far."""
@@ -180,6 +187,11 @@ class Loop:
             f"step {step}: {what}; last good checkpoint: step {self.saved_at}; lower train.learning_rate, or look at "
             "these rows"
         )
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch's allocator, on a GPU or on CPU, had nothing left to give."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def start(plan: Plan, world: World, resume: Path | None) -> Loop | None:
@@ -222,7 +234,8 @@ def proceed(loop: Loop, report: Callable[[Path, int], None], show: Callable[[dic
 
 
 def train(config: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker: ``config`` has the ``plan`` and the ``relay``, an actor that takes rows."""
+    """What Ray Train runs on every worker: ``config`` has the ``plan``, the ``relay``, which takes rows, and the
+    folder of ``checkpoints`` in the store."""
     import ray.train
     import ray.train.torch
 
@@ -232,6 +245,8 @@ def train(config: dict[str, Any]) -> None:
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
     def report(folder: Path, step: int) -> None:
+        if world.rank == 0:
+            seal(folder, step)
         checkpoint = ray.train.Checkpoint.from_directory(folder) if world.rank == 0 else None
         ray.train.report({"step": step}, checkpoint=checkpoint)
 
@@ -239,8 +254,7 @@ def train(config: dict[str, Any]) -> None:
         if world.rank == 0:
             config["relay"].put.remote(row)
 
-    checkpoint = ray.train.get_checkpoint()
-    with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
-        loop = start(plan, world, Path(folder) if folder else None)
+    with newest(*storage(open_store(plan.root), config["checkpoints"])) as folder:
+        loop = start(plan, world, folder)
     if loop:
         proceed(loop, report, show)

@@ -1,7 +1,7 @@
 """Methods: what each minimises, on which sequences (method.md, sections 1 and 4). p is the teacher, q the student.
 
 A method says how likely a sequence of a batch is rolled out, how a rollout is written, and the loss of a micro-batch;
-the loop does the rest. A new method is a class here, an entry in ``method_of`` and its settings.
+the loop does the rest. A new method is a class, an entry in ``tasks/catalogue.py`` and its settings.
 
 Shape legend: N response positions of a micro-batch, H student width, G teacher width, V vocabulary.
 """
@@ -24,6 +24,9 @@ from tasks.batches import Batch, Sequence, collate
 from tasks.config import methods as config
 from tasks.student import Head, Loss, head_of, hidden_states
 
+# A loss of the response positions of these sequences; the batch is theirs.
+Part = Callable[[Tensor, Head, Batch, list[Sequence]], Loss]
+
 
 class Method:
     """Cross entropy on annotated rows, the base of all methods: −log q(y_t), the end-of-sequence token included."""
@@ -37,6 +40,11 @@ class Method:
         """(Σ weight · loss, loss by position) in nats; ``batch`` is the collated ``sequences``."""
         return cross_entropy(hidden_NH, head, batch)
 
+    def validate(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> tuple[Tensor, ...]:
+        """Of annotated rows, by position [N]: the loss that chooses the best weights, then what else the method goes
+        by. Not the cross entropy for all: a mode-seeking divergence may raise it while the student comes closer."""
+        return (self.loss(hidden_NH, head, batch, sequences)[1],)
+
     def rollout(self, student: Any, prompts: list[Tensor], keys: list[int], eos_ids: list[int]) -> Rollout:
         """Continue the prompts with the current student; ``keys`` name each sequence's noise."""
         raise NotImplementedError(f"{type(self).__name__} trains on annotated rows only")
@@ -46,6 +54,21 @@ def cross_entropy(hidden_NH: Tensor, head: Head, batch: Batch) -> Loss:
     return fused_cross_entropy(
         hidden_NH, head.weight_VH, batch.targets_N, batch.weights_N, bias_V=head.bias_V, softcap=head.softcap
     )
+
+
+def apart(
+    hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence], *, rolled: Part, annotated: Part
+) -> Loss:
+    """One loss on the sequences that were rolled out, another on annotated rows."""
+    losses_N = torch.zeros_like(batch.weights_N, dtype=hidden_NH.dtype)
+    total = hidden_NH.sum() * 0.0  # a batch without one of the two still has a gradient
+    for on_policy, loss_of in ((True, rolled), (False, annotated)):
+        chosen = [sequence for sequence in sequences if sequence.on_policy is on_policy]
+        if chosen:
+            where_N = batch.on_policy_N == on_policy
+            loss, part_N = loss_of(hidden_NH[where_N], head, batch.only(where_N), chosen)
+            total, losses_N[where_N] = total + loss, part_N.to(losses_N.dtype)
+    return total, losses_N
 
 
 class Divergent(Method):
@@ -61,18 +84,10 @@ class Divergent(Method):
 
     def loss(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
         if not self.stored:
-            return self._live(hidden_NH, head, batch.weights_N, sequences)
-        live_N = batch.on_policy_N
-        losses_N = torch.zeros_like(batch.weights_N, dtype=hidden_NH.dtype)
-        total = hidden_NH.sum() * 0.0  # a batch without one of the two still has a gradient
-        for part, where_N, divergence in ((True, live_N, self._live), (False, ~live_N, self._from_stored)):
-            chosen = [sequence for sequence in sequences if sequence.on_policy is part]
-            if chosen:
-                loss, part_N = divergence(hidden_NH[where_N], head, batch.weights_N[where_N], chosen)
-                total, losses_N[where_N] = total + loss, part_N.to(losses_N.dtype)
-        return total, losses_N
+            return self._live(hidden_NH, head, batch, sequences)
+        return apart(hidden_NH, head, batch, sequences, rolled=self._live, annotated=self._from_stored)
 
-    def _from_stored(self, hidden_NH: Tensor, head: Head, weights_N: Tensor, sequences: list[Sequence]) -> Loss:
+    def _from_stored(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
         missing = [sequence.name for sequence in sequences if sequence.distributions is None]
         if missing:
             raise ValueError(
@@ -89,27 +104,37 @@ class Divergent(Method):
             rows.ids_NK.to(device),
             rows.logprobs_NK.to(device),
             None if sampled else rows.log_tail_N.to(device),
-            weights_N,
+            batch.weights_N,
             self.divergence,
             importance_NK=rows.importance_NK.to(device) if rows.importance_NK is not None else None,
             student_bias_V=q.bias_V,
             student_softcap=q.softcap,
         )
 
-    def _live(self, hidden_NH: Tensor, head: Head, weights_N: Tensor, sequences: list[Sequence]) -> Loss:
+    def _live(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
         q, p = head.first(self.vocabulary), head_of(self.teacher).first(self.vocabulary)
         return fused_divergence(
             hidden_NH,
             q.weight_VH,
             self.teacher_hidden(sequences),
             p.weight_VH,
-            weights_N,
+            batch.weights_N,
             self.divergence,
             student_bias_V=q.bias_V,
             teacher_bias_V=p.bias_V,
             student_softcap=q.softcap,
             teacher_softcap=p.softcap,
         )
+
+    @torch.no_grad()
+    def token_logprobs(
+        self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]
+    ) -> tuple[Tensor, Tensor]:
+        """(log p, log q) of each response token [N]; ``hidden_NH`` is the student's."""
+        p, q = head_of(self.teacher).first(self.vocabulary), head.first(self.vocabulary)
+        _, minus_log_p_N = cross_entropy(self.teacher_hidden(sequences), p, batch)
+        _, minus_log_q_N = cross_entropy(hidden_NH, q, batch)
+        return -minus_log_p_N, -minus_log_q_N
 
     @torch.no_grad()
     def teacher_hidden(self, sequences: list[Sequence]) -> Tensor:
@@ -148,7 +173,13 @@ class Kd(Divergent):
 class OnPolicy(Divergent):
     """D(p ‖ q) on what the student writes by itself, mixed with annotated rows: ImitKD, GKD."""
 
-    def __init__(self, settings: config.OnPolicy, teacher: Any, vocabulary: int, divergence: config.Divergence) -> None:
+    def __init__(
+        self,
+        settings: config.OnPolicy | config.Minillm | config.Distillm,
+        teacher: Any,
+        vocabulary: int,
+        divergence: config.Divergence,
+    ) -> None:
         family = named(divergence.name, alpha=divergence.alpha, beta=divergence.beta)
         super().__init__(teacher, family, vocabulary, settings.annotated == "stored")
         self.on_policy_share, self.max_new_tokens = settings.on_policy_share, settings.max_new_tokens
@@ -171,7 +202,7 @@ class Together(OnPolicy):
 
     def __init__(
         self,
-        settings: config.Switch | config.Skd,
+        settings: config.Switch | config.Skd | config.Minillm,
         teacher: Any,
         vocabulary: int,
         divergence: config.Divergence,
@@ -187,7 +218,7 @@ class Together(OnPolicy):
         if isinstance(settings, config.Skd):
             self.sampling = decode.Sampling(settings.temperature, settings.top_p)
             self.teacher_sampling = decode.Sampling(settings.teacher_temperature, settings.teacher_top_p)
-        elif settings.decoder == "reference":
+        elif isinstance(settings, config.Switch) and settings.decoder == "reference":
             self.decode = decode.reference
 
     def rollout(self, student: Any, prompts: list[Tensor], keys: list[int], eos_ids: list[int]) -> Rollout:
@@ -211,52 +242,8 @@ class Opd(OnPolicy):
     gradient of KL(q ‖ p) at single steps. What is reported is the estimate of that divergence, −A_t."""
 
     def loss(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
-        q, p = head.first(self.vocabulary), head_of(self.teacher).first(self.vocabulary)
-        weights_N, on_policy_N = batch.weights_N, batch.on_policy_N
-        with torch.no_grad():
-            _, minus_log_q_N = cross_entropy(hidden_NH, q, batch)
-            _, minus_log_p_N = cross_entropy(self.teacher_hidden(sequences), p, batch)
-            advantage_N = minus_log_q_N - minus_log_p_N
-            pull_N = torch.where(on_policy_N, advantage_N, 1.0)
-        surrogate, _ = cross_entropy(hidden_NH, q, replace(batch, weights_N=weights_N * pull_N))
-        return surrogate, torch.where(on_policy_N, -advantage_N, minus_log_q_N)
-
-
-def gate_of(settings: config.Switch) -> gate.Gate:
-    """The kernel's gate that the settings describe."""
-    base, chosen = settings.jsd_log_base, settings.gate
-    match chosen:
-        case config.ExponentialDecay():
-            return gate.ExponentialDecay(start=chosen.initial, rate=chosen.rate, floor=chosen.floor, log_base=base)
-        case config.Linear():
-            return gate.LinearDecay(length=settings.max_new_tokens, floor=chosen.floor, log_base=base)
-        case config.ExponentialGrowth():
-            return gate.ExponentialGrowth(rate=chosen.rate, floor=chosen.floor, log_base=base)
-        case config.Constant():
-            return gate.Constant(value=chosen.value, log_base=base)
-        case config.MixIn():
-            return gate.Coin(teacher_share=chosen.alpha)
-        case config.RandomTeacher():
-            return gate.Coin(teacher_share=chosen.probability)
-        case config.Adaptive():
-            return gate.Adaptive(factor=chosen.factor, window=chosen.window)
-
-
-def method_of(settings: config.Method, teacher: Any, vocabulary: int) -> Method:
-    """The method that the settings name; ``teacher`` is None for those that ask for no distributions."""
-    match settings:
-        case config.Sft() | config.Seqkd():
-            return Method()
-        case config.Kd():
-            return Kd(settings, teacher, vocabulary)
-        case config.Imitkd():
-            return OnPolicy(settings, teacher, vocabulary, config.Divergence(name="forward_kl"))
-        case config.Gkd():
-            return OnPolicy(settings, teacher, vocabulary, settings.divergence)
-        case config.Skd():
-            divergence = config.Divergence(name="forward_kl")
-            return Together(settings, teacher, vocabulary, divergence, gate.InTopK(k=settings.top_k))
-        case config.Opd():
-            return Opd(settings, teacher, vocabulary, config.Divergence(name="reverse_kl"))
-        case config.Switch():
-            return Together(settings, teacher, vocabulary, settings.divergence, gate_of(settings))
+        log_p_N, log_q_N = self.token_logprobs(hidden_NH, head, batch, sequences)
+        pull_N = torch.where(batch.on_policy_N, log_p_N - log_q_N, 1.0)
+        pulled = replace(batch, weights_N=batch.weights_N * pull_N)
+        surrogate, _ = cross_entropy(hidden_NH, head.first(self.vocabulary), pulled)
+        return surrogate, torch.where(batch.on_policy_N, log_q_N - log_p_N, -log_q_N)

@@ -15,15 +15,17 @@ from tasks.stage import Stage
 
 def summary(state: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
     """The stage's facts from its last state and its curve."""
-    rolled = [row for row in steps if row["response_length"]]
-    rollouts = [row["teacher_tokens"] / row["response_length"] for row in rolled]
+    rolled = [row for row in steps if row["rollouts"]]
+    rollouts = [row["rollouts"] for row in rolled]
     emitted, interventions, agreeing, cuts = map(sum, state["positions"])
     tokens, best = sum(row["tokens"] for row in steps), state["best"] or {}
     return {
         "steps": state["step"],
         "tokens": tokens,
         "tokens_per_second": tokens / sum(row["seconds"] for row in steps),
-        "rollouts": round(sum(rollouts)),
+        "rollouts": sum(rollouts),
+        "pooled": sum(row["pooled"] for row in steps),
+        "phi": steps[-1]["phi"],
         "online_teacher_tokens": state["teacher_tokens"],
         "budget_exhausted": state["capped"],
         "intervention_rate": interventions / emitted if emitted else None,

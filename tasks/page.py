@@ -26,6 +26,8 @@ FEW = 20
 # Where rows are refused, dropped or left: (input, table, what such a row is).
 REFUSALS = (
     ("prompts", "quarantine", "Refused rows"),
+    ("annotate", "quarantine", "Prompts the teacher's engine died of"),
+    ("student-sample", "quarantine", "Prompts the student's engine died of"),
     ("select", "signals", "Candidates"),
     ("warmup-keep", "scores", "Warm-up annotations"),
     ("keep", "scores", "Later annotations"),

@@ -109,7 +109,9 @@ def confidence(ax: Axes, confidences: NDArray, correct: NDArray) -> None:
 def calibration(ax: Axes, answers: dict[str, tuple[NDArray, NDArray]]) -> None:
     """Share correct against confidence in ten bins, with 95 % Wilson intervals; honest on the diagonal."""
     ax.plot([0, 1], [0, 1], color=COLORS["muted"], linewidth=1, linestyle=(0, (3, 3)))
-    for (name, (confidences, correct)), color, marker in zip(answers.items(), ("final", "teacher"), "os", strict=False):
+    for (name, (confidences, correct)), color, marker in zip(
+        answers.items(), ("final", "teacher", "warmup"), "osD", strict=False
+    ):
         bins = reliability(confidences, correct)
         at = bins.counts > 0
         style: dict[str, Any] = {"markersize": 6, "color": COLORS[color], "linestyle": "-", "clip_on": False}

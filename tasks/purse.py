@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra.endpoint import longest
-from infra.manifest import read_part
+from infra.manifest import commit_part, read_part
 from tasks import schemas
 from tasks.ledger import Amount, Caps, Ledger, together
 from tasks.stage import Stage
@@ -69,7 +69,8 @@ class Purse:
             "completion_tokens": [amount.completion_tokens for amount in amounts],
             "reason": [reasons[number] for number in range(len(prompt_ids))],
         }
-        part = self.stage.commit("queries", shard, pa.table(columns, schema=schemas.QUERY))
+        rows = pa.table(columns, schema=schemas.QUERY)
+        part = commit_part(self.stage.store, self.stage.spec.folder, "queries", shard, rows)
         # Another run of this stage may have been first: then its charges are the shard's.
         self.ledger.close(shard, charges(read_part(self.stage.store, part)))
 

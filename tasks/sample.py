@@ -17,12 +17,14 @@ from infra.manifest import fingerprint, read_part
 from infra.models import ModelRef
 from tasks import schemas
 from tasks.asking import Asking, Shard
+from tasks.calls import Call
 from tasks.config.base import Config
 from tasks.config.signals import Distributions, SampledTokens, Sampling, TopTokens
 from tasks.distributions import best_tokens, read_again
-from tasks.engines import Call, engines, model_of
+from tasks.engines import engines, model_of
 from tasks.ledger import Caps
 from tasks.purse import Purse
+from tasks.quarantine import answered, close
 from tasks.stage import Stage, main
 
 # Columns that engines fill.
@@ -149,6 +151,7 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
         rows, distributions = schemas.SAMPLE.empty_table(), schemas.DISTRIBUTION.empty_table()
         if shard.answers:
             answers = pa.concat_tables(shard.answers)
+            answers = answers if purse else answered(stage, shard.number, answers, prompt_ids)
             rows = sample_rows(answers, prompt_ids, model, settings)
             distributions = best_tokens(rows, answers, top, model.vocab_size) if top else distributions
         if top:
@@ -163,10 +166,12 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
     if asked < total:
         asking = Asking(shards(), call, commit, purse)
         with engines(stage) as access:
-            for wave, answers in access.pool(settings.engine, base).map(asking.calls(), asking.again):
+            pool = access.pool(settings.engine, base)
+            for wave, answers in pool.map(asking.calls(), asking.again if purse else None):
                 asking.take(wave, answers)
     seconds = time.monotonic() - began
     stage.close_table("samples", schemas.SAMPLE)
+    close(stage)
     stage.facts.update(
         engine_seconds=round(seconds, 3), tokens_per_second=round(tokens / seconds, 2) if tokens else None
     )

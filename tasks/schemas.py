@@ -74,9 +74,11 @@ SCORE = pa.schema(
         ("text", pa.string()),
         ("final_answer", pa.string()),
         ("correct", pa.bool_()),  # null where the answer is unknown
-        ("ta_teacher", pa.float32()),  # the TA's confidence in the annotation, 0 to 1
+        ("ta_teacher", pa.float32()),  # the TA's confidence in the annotation, 0 to 1; null if its engine died of it
+        ("calibrated", pa.float32()),  # the same as a share correct, which then decides; null where not asked for
+        ("calibrates", pa.bool_()),  # whether the calibration was fitted on this row; null where not asked for
         ("kept", pa.bool_()),
-        ("reason", pa.string()),  # kept | below_threshold | empty | truncated
+        ("reason", pa.string()),  # kept | below_threshold | empty | truncated | unscored
     ]
 )
 
@@ -133,6 +135,9 @@ STEP = pa.schema(
         ("response_length", pa.float32()),  # mean tokens of a rollout
         ("eos_rate", pa.float32()),  # share of rollouts that ended by themselves
         ("teacher_tokens", pa.int64()),  # positions the teacher was asked about online
+        ("rollouts", pa.int64()),  # sequences rolled out at this step
+        ("pooled", pa.int64()),  # sequences of this step that were kept from rollouts: a replay, a collection
+        ("phi", pa.float32()),  # DistiLLM's φ at this step
     ]
 )
 

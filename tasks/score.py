@@ -1,7 +1,7 @@
 """The TA's confidence that an answer to a prompt is right, between 0 and 1."""
 
 import re
-from math import exp
+from math import exp, nan
 from typing import Any
 
 from infra.models import ModelRef
@@ -62,7 +62,8 @@ def confidence_call(
 
 def as_confidence(confidence: Confidence, result: Any) -> list[float]:
     """Confidences from an engine's answer: p_true as it is; exp of the mean log-probability, which is the geometric
-    mean probability of a token; a rating from 1 to 5 spread over 0 to 1. All lie between 0 and 1."""
+    mean probability of a token; a rating from 1 to 5 spread over 0 to 1. All lie between 0 and 1; NaN where the engine
+    died of the question."""
     if isinstance(confidence, Verbalized):
-        return [rating(text) for text in result["text"].to_pylist()]
+        return [nan if text is None else rating(text) for text in result["text"].to_pylist()]
     return result if isinstance(confidence, PTrue) else [exp(mean) for mean in result[0]]

@@ -9,10 +9,12 @@ prompts by the rank average of both are selected, as many as the budget has quer
 
 import hashlib
 from collections.abc import Iterator
+from math import isnan
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from infra.manifest import read_part
@@ -66,7 +68,8 @@ def observe(stage: Stage[SelectSettings]) -> Iterator[Observed]:
         texts: dict[str, list[str]] = {}
         for prompt_id, text in zip(samples["prompt_id"].to_pylist(), samples["text"].to_pylist(), strict=True):
             texts.setdefault(prompt_id, []).append(text)
-        prompts = table.to_pylist()
+        # What the student's engine died of has no answers, and is no candidate.
+        prompts = [prompt for prompt in table.to_pylist() if prompt["prompt_id"] in texts]
         agreements = [
             consistency(
                 [final_answer(prompt["verifier"], text, prompt["entry"]) for text in texts[prompt["prompt_id"]]],
@@ -100,7 +103,8 @@ def observed_rows(
             "majority_answer": agreement.majority_answer,
             "majority_text": text,
             "correct": is_correct(prompt["verifier"], text, prompt["answer"], prompt["entry"]),
-            "ta_student": confidence,
+            # An answer that the TA's engine died of is not worth a query: no doubt in it.
+            "ta_student": 1.0 if isnan(confidence) else confidence,
         }
         for prompt, agreement, text, confidence in zip(prompts, agreements, texts, confidences, strict=True)
     ]
@@ -178,6 +182,7 @@ def run(stage: Stage[SelectSettings]) -> None:
     position = 0
     for part, (shard, prompts) in zip(parts, slices(stage, "prompts", "candidates", settings.shard_size), strict=True):
         rows = read_part(stage.store, part)
+        prompts = prompts.filter(pc.is_in(prompts["prompt_id"], rows["prompt_id"].combine_chunks()))
         here = slice(position, position + rows.num_rows)
         position += rows.num_rows
         chosen = selected_N[here]

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra import manifest as manifests
 from infra.audit import forget_part
+from infra.faults import fault_of
 from infra.files import open_file
 from infra.manifest import Manifest, Part
 from infra.store import Store, open_store
@@ -100,9 +101,13 @@ class Stage(Generic[Settings]):
         )
         self.facts = self.manifest.facts
         self._progress_at = 0.0
+        self._committer = manifests.Committer(self.store, spec.folder)
+        self._inputs: dict[str, Manifest] = {}
 
     def input(self, name: str) -> Manifest:
-        return manifests.load_manifest(self.store, self.spec.inputs[name])
+        if name not in self._inputs:
+            self._inputs[name] = manifests.load_manifest(self.store, self.spec.inputs[name])
+        return self._inputs[name]
 
     def read(self, name: str, table: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """An input's table, part by part."""
@@ -113,15 +118,18 @@ class Stage(Generic[Settings]):
         return manifests.read_rows(self.store, self.input(name), table, columns)
 
     def done(self, table: str) -> dict[int, Part]:
-        """Parts that an earlier attempt committed, by shard; they are not made again."""
+        """Parts that are committed, by shard; those of an earlier attempt are not made again."""
+        self._committer.wait()
         return manifests.committed_parts(self.store, self.spec.folder, table)
 
-    def commit(self, table: str, shard: int, rows: pa.Table) -> Part:
-        return manifests.commit_part(self.store, self.spec.folder, table, shard, rows)
+    def commit(self, table: str, shard: int, rows: pa.Table) -> None:
+        """Commit a part; it is stored while the caller goes on, and surely once ``done`` or ``close_table`` returns."""
+        self._committer.commit(table, shard, rows)
 
     def close_table(self, table: str, schema: pa.Schema) -> None:
         """Enter a table, with all parts committed so far, into the manifest. Empty tables are entered too."""
-        self.manifest.tables[table] = manifests.table_entry(schema, self.done(table).values())
+        self._committer.wait()
+        self.manifest.tables[table] = manifests.close_table(self.store, self.spec.folder, table, schema)
 
     def write_table(self, table: str, rows: pa.Table) -> None:
         """A small table as one part."""
@@ -202,6 +210,13 @@ def main(settings_type: type[Settings], run: Callable[[Stage[Settings]], None]) 
         # A user's mistake, or data that no second attempt would read differently. The trace is for the log.
         traceback.print_exc(file=sys.stdout)
         refuse(error)
+    except Exception as error:
+        fault = fault_of(error)
+        if fault is None:
+            raise
+        traceback.print_exc(file=sys.stdout)
+        emit("fault", message=fault.line, lasting=fault.lasting)
+        sys.exit(1)
     print(stage.store.location(spec.manifest_path), flush=True)
 
 

@@ -64,7 +64,7 @@ class Head:
 
 # A fused kernel's result: the weighted sum of the losses, and the loss of each position without gradient.
 Loss = tuple[Tensor, Tensor]
-Objective = Callable[[Tensor, Head, Batch], Loss]
+Objective = Callable[[Tensor, Head, Batch], tuple[Tensor, ...]]
 
 
 def head_of(model: Any) -> Head:
@@ -142,7 +142,7 @@ class Student(nn.Module):
             self(collate([], self.world.device), lambda hidden_NH, head, batch: (hidden_NH.sum(), hidden_NH))
         self.reshard()
 
-    def forward(self, batch: Batch, objective: Objective) -> Loss:
+    def forward(self, batch: Batch, objective: Objective) -> tuple[Tensor, ...]:
         hidden_BLH = hidden_states(self.model, batch.ids_BL)
         return objective(hidden_BLH.flatten(0, 1)[batch.where_N], head_of(self.model), batch)
 

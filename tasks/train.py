@@ -5,7 +5,7 @@
 Ray Train runs ``tasks/loop.py`` on every worker; this process starts it, shows its progress and commits what it made.
 """
 
-from pathlib import Path
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -16,8 +16,9 @@ from tasks.config.train import TrainConfig
 from tasks.connection import connected
 from tasks.outcome import commit
 from tasks.plan import Plan
+from tasks.resume import newest, storage
 from tasks.stage import Stage, main
-from tasks.workers import fit, storage
+from tasks.workers import fit
 
 
 class TrainSettings(Config):
@@ -84,6 +85,16 @@ def plan_of(stage: Stage[TrainSettings]) -> Plan:
     )
 
 
+def smaller(plan: Plan, workers: int, error: MemoryError) -> Plan:
+    """The plan with half the sequences at once, which changes no result. ValueError where there is one already."""
+    held = min(plan.train.micro_batch, math.ceil(plan.train.batch_size / workers))
+    if held == 1:
+        raise ValueError(
+            f"{error}: set train.gradient_checkpointing, train.lora, or a lower train.max_length"
+        ) from error
+    return plan.model_copy(update={"train": plan.train.model_copy(update={"micro_batch": held // 2})})
+
+
 def run(stage: Stage[TrainSettings]) -> None:
     """Train, then commit tables ``steps`` and ``positions``, files ``student``, facts and the student's reference."""
     plan = plan_of(stage)
@@ -93,10 +104,17 @@ def run(stage: Stage[TrainSettings]) -> None:
             from tasks.engines import release_engines
 
             release_engines(runtime.namespace)
-        checkpoint = fit(stage, plan)
-    with checkpoint.as_directory() as folder:
-        commit(stage, plan, Path(folder))
+        try:
+            fit(stage, plan)
+        except MemoryError as error:
+            plan = smaller(plan, runtime.workers, error)
+            stage.log.warning("%s; tried again with %d", error, plan.train.micro_batch)
+            stage.facts["out_of_memory"] = {"said": str(error), "micro_batch": plan.train.micro_batch}
+            fit(stage, plan)
     system, place = storage(stage.store, f"{stage.spec.folder}/checkpoints")
+    with newest(system, place) as folder:
+        assert folder, "its last checkpoint was reported a moment ago"
+        commit(stage, plan, folder)
     system.delete_dir(place)
 
 

@@ -5,29 +5,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlparse
 
-import pyarrow as pa
-import pyarrow.fs
-
-from infra.store import Store
+from infra.faults import fault_of
 from tasks.plan import Plan
+from tasks.resume import storage, tidy
 from tasks.stage import Stage
 
 # A first worker on a busy machine, or on a node that is still being added, takes minutes to import torch.
 START_TIMEOUT_S = 900
 # Ray Train looks at its workers this often; a worker that reports waits for it.
 POLL_S = 0.5
-
-
-def storage(store: Store, path: str) -> tuple[pa.fs.FileSystem, str]:
-    """A place of the store as Arrow's file systems name it, for Ray Train's checkpoints."""
-    place = urlparse(store.location(path))
-    if place.scheme != "s3":
-        return pa.fs.LocalFileSystem(), place.path
-    endpoint = urlparse(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "https:")
-    system = pa.fs.S3FileSystem(endpoint_override=endpoint.netloc or None, scheme=endpoint.scheme)
-    return system, place.netloc + place.path
 
 
 class Relay:
@@ -78,8 +65,11 @@ def work(config: dict[str, Any]) -> None:
     train(config)
 
 
-def fit(stage: Stage[Any], plan: Plan) -> Any:
-    """Run the loop on all workers, from the last checkpoint if there is one; its last checkpoint."""
+def fit(stage: Stage[Any], plan: Plan) -> None:
+    """Run the loop on all workers, from the last whole checkpoint if there is one, to its last checkpoint.
+
+    ValueError for what no other attempt mends, MemoryError where a worker ran out of memory, and faults of the store.
+    """
     # Ray Train reads these where it starts.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
@@ -94,10 +84,15 @@ def fit(stage: Stage[Any], plan: Plan) -> Any:
     api: Any = ray.train
     runtime, gpu = stage.spec.runtime, plan.device == "cuda"
     system, place = storage(stage.store, stage.spec.folder)
+    tidy(system, f"{place}/checkpoints", plan.train.keep_checkpoints)
     relay = ray.remote(num_cpus=0)(Relay).remote()
     trainer = TorchTrainer(
         work,
-        train_loop_config={"plan": plan.model_dump(mode="json"), "relay": relay},
+        train_loop_config={
+            "plan": plan.model_dump(mode="json"),
+            "relay": relay,
+            "checkpoints": f"{stage.spec.folder}/checkpoints",
+        },
         # Counts are summed on the CPU, gradients where they are.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
         scaling_config=api.ScalingConfig(
@@ -118,10 +113,13 @@ def fit(stage: Stage[Any], plan: Plan) -> Any:
     )
     with shown(stage, relay, plan.train.steps):
         try:
-            return trainer.fit().checkpoint
+            trainer.fit()
         except api.WorkerGroupError as error:
             for failure in error.worker_failures.values():
                 cause = getattr(failure, "_base_exc", failure)
-                if isinstance(cause, ValueError):
+                if isinstance(cause, ValueError | MemoryError) or fault_of(cause):
                     raise cause from error
+                if isinstance(cause, ray.exceptions.OutOfMemoryError):
+                    # Ray ends workers before the machine's memory is full.
+                    raise MemoryError("a worker was ended because the machine's memory was nearly full") from error
             raise

@@ -1,4 +1,4 @@
-"""What tests share: stores, an S3 server over HTTP, one tiny model with a tokenizer."""
+"""What tests share: stores, an S3 server over HTTP, a small disk."""
 
 import subprocess
 import sys
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from infra.cluster import free_port
-from infra.store import LocalStore, S3Store, Store
+from infra.s3 import S3Store
+from infra.store import LocalStore, Store
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +57,15 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "local":
         return LocalStore(tmp_path / "store")
     return S3Store(request.getfixturevalue("s3_bucket"), "some/prefix", cache=tmp_path / "cache")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)

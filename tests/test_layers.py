@@ -42,7 +42,9 @@ def test_only_flows_know_prefect(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "modules", ["tasks.config", "flows.distill,flows.plan,flows.cli,flows.runner"], ids=["config", "flows"]
+    "modules",
+    ["tasks.config", "flows.distill,flows.evaluate,flows.reap,flows.deploy,flows.cli"],
+    ids=["config", "flows"],
 )
 def test_loads_without_torch_ray_or_vllm(modules: str) -> None:
     script = f"import sys, {modules}; print([m for m in ('torch', 'ray', 'vllm') if m in sys.modules])"

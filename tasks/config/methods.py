@@ -1,7 +1,7 @@
 """Methods: what is minimised, on which sequences (method.md, sections 1 and 4). p is the teacher, q the student.
 
 Every method says of itself whether it ``compares`` distributions, so that it needs a teacher of the student's family,
-and how much of a batch it rolls out.
+how much of a batch the student writes, and (``keeps_rollouts``) whether it trains on a rollout more than once.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -98,8 +98,10 @@ class OnText(Config):
     """A method that reads annotated text only."""
 
     compares: ClassVar[bool] = False
+    keeps_rollouts: ClassVar[bool] = False
     asks_teacher: ClassVar[bool] = False
     on_policy_share: ClassVar[float] = 0.0
+    rollout_share: ClassVar[float] = 0.0
     max_new_tokens: ClassVar[int] = 0
 
 
@@ -107,6 +109,7 @@ class Compares(Config):
     """A method that compares distributions."""
 
     compares: ClassVar[bool] = True
+    keeps_rollouts: ClassVar[bool] = False
     annotated: Literal["live", "stored"] = "live"
     """Where the teacher's distributions at annotated rows come from: asked in training, or kept by the annotation
     (``sampling.distributions``)."""
@@ -117,20 +120,30 @@ class Compares(Config):
         return self.annotated == "live"
 
 
-class OnPolicy(Compares):
+class RollsOut(Compares):
     """A method that rolls out."""
 
-    on_policy_share: float = Field(default=0.5, ge=0, le=1)
-    """Probability that a sequence of a batch is rolled out; the others are annotated rows."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest rollout."""
-    temperature: float = Field(default=1.0, gt=0, le=2)
-    """Sampling temperature of rollouts."""
 
     @property
     def asks_teacher(self) -> bool:
         """Always: it reads the rollouts."""
         return True
+
+
+class OnPolicy(RollsOut):
+    """A method that trains on each rollout once."""
+
+    on_policy_share: float = Field(default=0.5, ge=0, le=1)
+    """Probability that a sequence of a batch is rolled out; the others are annotated rows."""
+    temperature: float = Field(default=1.0, gt=0, le=2)
+    """Sampling temperature of rollouts."""
+
+    @property
+    def rollout_share(self) -> float:
+        """Rollouts per sequence of a batch, on average."""
+        return self.on_policy_share
 
 
 class Sft(OnText):
@@ -150,6 +163,7 @@ class Kd(Compares):
     """Word-level distillation: KL(p‖q) on annotated text, mixed with cross entropy if asked."""
 
     on_policy_share: ClassVar[float] = 0.0
+    rollout_share: ClassVar[float] = 0.0
     max_new_tokens: ClassVar[int] = 0
     type: Literal["kd"] = "kd"
     cross_entropy_share: float = Field(default=0.0, ge=0, le=1)
@@ -170,6 +184,69 @@ class Gkd(OnPolicy):
     type: Literal["gkd"] = "gkd"
     divergence: Divergence = Divergence(name="jsd")
     """What is minimised."""
+
+
+class Minillm(RollsOut):
+    """MiniLLM (Gu et al. 2024): student and teacher write a collection of sequences together, and several steps follow
+    the policy gradient on them, with KL(q‖p) at single steps beside it."""
+
+    keeps_rollouts: ClassVar[bool] = True
+    # The importance weight is that of untempered draws.
+    temperature: ClassVar[float] = 1.0
+    type: Literal["minillm"] = "minillm"
+    on_policy_share: float = Field(default=1.0, ge=0, le=1)
+    """Share of a batch that comes from the collection. The others are annotated rows, which carry the
+    language-modelling term: none by default."""
+    teacher_share: float = Field(default=0.2, ge=0, lt=1)
+    """Each token is drawn from teacher_share·p + (1 − teacher_share)·q."""
+    reward_scale: float = Field(default=0.5, gt=0)
+    """A token's reward is log p − log q over this."""
+    reward_limit: float = Field(default=100.0, gt=0)
+    """Rewards are cut at this, either way."""
+    discount: float = Field(default=0.95, ge=0, le=1)
+    """Of the next token's reward against this one's."""
+    own_reward: bool = True
+    """Whether a token's return begins with its own reward (MiniLLM's code) or with the next one's (its paper)."""
+    clip: float = Field(default=0.2, gt=0, lt=1)
+    """PPO's: q over the law that was drawn from counts only within 1 ± clip."""
+    collected_batches: int = Field(default=4, ge=1)
+    """Batches of sequences that are rolled out at once: 256 sequences by batches of 64 in the paper."""
+    epochs: int = Field(default=4, ge=1)
+    """How often the collection is gone through before the next one."""
+    language_weight: float = Field(default=1.0, ge=0)
+    """Weight of the language-modelling term, on annotated rows."""
+    cross_entropy_share: float = Field(default=0.5, ge=0, le=1)
+    """Its share of cross entropy; KL(p‖q) has the rest."""
+    block: int | None = Field(default=None, ge=1)
+    """Tokens drafted at once. Absent: by measured speed, so two runs differ in rounding."""
+
+    @property
+    def rollout_share(self) -> float:
+        """Rollouts per sequence of a batch, on average."""
+        return self.on_policy_share / self.epochs
+
+
+class Distillm(RollsOut):
+    """DistiLLM (Ko et al. 2024): a skewed divergence on annotated rows and, ever more often, on what the student wrote,
+    now or before. φ, that share, grows where the validation cross entropy does."""
+
+    keeps_rollouts: ClassVar[bool] = True
+    # What φ can come to: the share of rollouts falls to 0 along the training.
+    on_policy_share: ClassVar[float] = 1.0
+    rollout_share: ClassVar[float] = 0.5
+    type: Literal["distillm"] = "distillm"
+    divergence: Divergence = Divergence()
+    """What is minimised: skewed_kl or skewed_reverse_kl, by the paper."""
+    temperature: float = Field(default=1.0, gt=0, le=2)
+    """Sampling temperature of rollouts."""
+    first_share: float = Field(default=0.0, ge=0, le=1)
+    """φ at the start."""
+    share_step: float = Field(default=0.1, gt=0, le=1)
+    """What φ grows by, to at most 1."""
+    rise: float = Field(default=0.1, ge=0)
+    """φ grows when the validation cross entropy is so much, in nats a token, above what it was when φ last grew."""
+    capacity: int = Field(default=1000, ge=1)
+    """Sequences the replay buffer holds; the oldest leave it first."""
 
 
 class Skd(OnPolicy):
@@ -219,4 +296,6 @@ class Switch(OnPolicy):
     """Tokens that ``blockwise`` drafts at once. Absent: by measured speed, so two runs differ in rounding."""
 
 
-Method = Annotated[Sft | Seqkd | Kd | Imitkd | Gkd | Skd | Opd | Switch, Field(discriminator="type")]
+Method = Annotated[
+    Sft | Seqkd | Kd | Imitkd | Gkd | Minillm | Distillm | Skd | Opd | Switch, Field(discriminator="type")
+]

@@ -152,6 +152,8 @@ class EngineConfig(Config):
     """Sequences an engine works on at once."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of an engine without a GPU; 0: all cores."""
+    deadline_seconds: float = Field(default=1800, gt=0)
+    """An engine that finishes no shard for so long, loading included, counts as hung and is started again."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of ``vllm.LLM``, as they are."""
 

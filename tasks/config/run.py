@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from tasks.config.base import Config
 from tasks.config.budget import Budget
@@ -14,6 +14,8 @@ from tasks.config.models import Engines, Models, OpenAIModel
 from tasks.config.prompts import PromptsConfig
 from tasks.config.signals import Distributions, Sampling, Signals
 from tasks.config.train import TrainConfig
+
+NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 
 # Settings that change no result, only how it is come by: neither runs nor results are named by them.
 OPERATIONAL: Any = {
@@ -58,7 +60,9 @@ class Resources(Config):
 class RunConfig(Config):
     """A distillation, from prompts to a promoted student."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    model_config = ConfigDict(title="Settings")
+
+    name: str = Field(pattern=NAME)
     """Name of the run: lower-case letters, digits, hyphens."""
     seed: int = 0
     """Seed of everything that is drawn."""
@@ -116,6 +120,10 @@ class RunConfig(Config):
                     f"{name}.method.annotated stored needs the teacher's distributions: set sampling.distributions "
                     "({type: top} will do), or annotated live"
                 )
+        if self.signals.keep.calibrate and self.prompts.verifier == "none":
+            raise ValueError("signals.keep.calibrate needs known answers, and prompts.verifier is none: remove one")
+        if self.signals.keep.calibrate and not self.train.validation_share:
+            raise ValueError("signals.keep.calibrate needs validation prompts: raise train.validation_share above 0")
         rest = self.selected_prompts
         if self.signals.candidates is not None and self.signals.candidates < rest:
             raise ValueError(

@@ -94,6 +94,13 @@ class Verbalized(Config):
 Confidence = Annotated[PTrue | MeanLogprob | Verbalized, Field(discriminator="type")]
 
 
+class Calibration(Config):
+    """Isotonic regression of correctness on confidence, fitted on annotations of validation prompts only."""
+
+    least: int = Field(default=20, ge=2)
+    """Annotations of validation prompts with a known answer that it takes; with fewer confidences stay as they are."""
+
+
 class Keep(Config):
     """Which annotations enter the training set."""
 
@@ -104,6 +111,8 @@ class Keep(Config):
     """A confidence for ``absolute``, a quantile for ``quantile``."""
     drop_truncated: bool = True
     """Drop annotations that hit the length limit."""
+    calibrate: Calibration | None = None
+    """Read the TA's confidence as the share correct, so that thresholds and weights are probabilities; ranks stay."""
 
 
 class Select(Config):

@@ -93,4 +93,14 @@ class TrainConfig(Config):
     def _batches_fit(self) -> "TrainConfig":
         if self.batch_size % min(self.micro_batch, self.batch_size):
             raise ValueError(f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}")
+        name = self.method.type
+        if self.rollouts_ahead and self.method.keeps_rollouts:
+            raise ValueError(f"rollouts_ahead {self.rollouts_ahead}: {name} trains on rollouts again anyway, set 0")
+        if name == "distillm" and not self.validation_share:
+            raise ValueError("validation_share 0: distillm rolls out once the validation loss has risen, raise it")
+        if name == "distillm" and self.validate_every >= self.steps:
+            raise ValueError(
+                f"validate_every {self.validate_every} of {self.steps} steps: distillm rolls out once the validation "
+                "loss has risen, lower it"
+            )
         return self

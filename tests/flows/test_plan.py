@@ -106,20 +106,27 @@ def test_a_problem_is_one_line_with_its_field(planned: Callable[..., Plan], chan
     assert not any("\n" in problem for problem in problems)
 
 
+@pytest.mark.parametrize("method", ["switch", "minillm", "distillm"])
 def test_unequal_tokenizers_are_refused_where_distributions_are_compared(
-    planned: Callable[..., Plan], models: Path, tmp_path: Path
+    planned: Callable[..., Plan], models: Path, tmp_path: Path, method: str
 ) -> None:
     import shutil
 
     folder = shutil.copytree(models / "other", tmp_path / "student")
     student = {"type": "huggingface", "id": str(folder)}
-    assert planned(lambda data: data["models"].update(student=student)).problems == []
+
+    def compared(data: dict[str, Any]) -> None:
+        data["models"].update(student=student)
+        data["train"]["method"]["type"] = method
+
+    assert planned(compared).problems == []
     tokens = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokens["model"]["vocab"]
     vocabulary["!"], vocabulary['"'] = vocabulary['"'], vocabulary["!"]
     (folder / "tokenizer.json").write_text(json.dumps(tokens))
-    (problem,) = planned(lambda data: data["models"].update(student=student)).problems
+    (problem,) = planned(compared).problems
     assert problem.startswith("models.student")
+    assert method in problem
     assert "sft" in problem
 
     def text_only(data: dict[str, Any]) -> None:

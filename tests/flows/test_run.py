@@ -275,7 +275,8 @@ def test_a_run_killed_in_every_stage_continues_to_the_same_rows(finished: Finish
         time.sleep(1)
         kill(killed, root)
     result = finish(start(finished.config, root))
-    assert fingerprints(result) == fingerprints(finished.result)
+    made = fingerprints(finished.result)
+    assert fingerprints(result) == made
     for name, table, column in (
         ("warmup-annotate", "samples", "sample_id"),
         ("student-sample", "samples", "sample_id"),
@@ -284,4 +285,5 @@ def test_a_run_killed_in_every_stage_continues_to_the_same_rows(finished: Finish
         ("train", "steps", "step"),
         ("evaluate-after", "evaluations", "prompt_id"),
     ):
-        assert ids(root, name, table, column) == ids(finished.root, name, table, column), name
+        # Another test may have redone stages beside the first ones.
+        assert ids(root, name, table, column) == ids(finished.root, name, table, column, made[name]), name

@@ -1,11 +1,14 @@
 """Commit protocol of parts and manifests: recorded or not there, first or adopted, intact or refused."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from infra import manifest as m
+from infra.audit import damages
 from infra.store import LocalStore, Store
 
 ROWS = pa.table({"id": ["a", "b", "c"], "n": pa.array([1, 2, 3], pa.int32())})
@@ -36,6 +39,56 @@ def test_an_unrecorded_part_does_not_count(store: Store) -> None:
     store.delete(m.record_path("stages/s/f", "t", 0))
     assert m.committed_parts(store, "stages/s/f", "t") == {}
     assert store.exists(part.path)
+
+
+def test_a_closed_table_has_no_parts_but_the_recorded(store: Store) -> None:
+    part = m.commit_part(store, "stages/s/f", "t", 0, ROWS)
+    # A crash between part and record leaves this; so does another process between both.
+    store.write("stages/s/f/t/part-00001-0123456789abcdef.parquet", b"unrecorded")
+    table = m.close_table(store, "stages/s/f", "t", ROWS.schema)
+    assert table.parts == [part]
+    assert list(store.list("stages/s/f")) == ["stages/s/f/t/00000.json", part.path]
+
+
+RACER = """
+import json, sys
+import pyarrow as pa
+from infra import manifest as m
+from infra.audit import damages
+from infra.store import open_store
+store, own = open_store(sys.argv[1]), sys.argv[2]
+manifest = m.Manifest(stage="s", module="m", version=1, fingerprint="f", settings={}, inputs={}, facts={"winner": own})
+print("ready", flush=True)
+sys.stdin.readline()
+schema = pa.schema([("writer", pa.string())])
+for shard in range(12):
+    m.commit_part(store, manifest.folder, "t", shard, pa.table({"writer": [own] * 5}, schema=schema))
+manifest.tables["t"] = m.close_table(store, manifest.folder, "t", schema)
+print(m.commit_manifest(store, manifest).model_dump_json(), flush=True)
+"""
+
+
+def test_two_processes_that_race_for_a_stage_end_with_one_result(store: Store) -> None:
+    command = [sys.executable, "-c", RACER, store.uri]
+    racers = [
+        subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in ("one", "two")
+    ]
+    for racer in racers:
+        assert racer.stdout
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        assert racer.stdin
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    first, second = (m.Manifest.model_validate_json(racer.communicate()[0]) for racer in racers)
+    assert [racer.returncode for racer in racers] == [0, 0]
+    assert first == second
+    assert list(damages(store, first)) == []
+    assert m.read_rows(store, first, "t").num_rows == 60
+    # Nothing of the loser's is left.
+    parts = {part.path for part in first.tables["t"].parts}
+    assert {path for path in store.list(f"{first.folder}/t") if path.endswith(".parquet")} == parts
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:50] + bytes([b[50] ^ 1]) + b[51:], lambda b: b""])

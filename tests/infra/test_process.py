@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.process import TOKEN, Guarded, detached, end, marked
+from infra.process import TOKEN, Guarded, detached, end, marked, undisturbed
 
 # A child that starts a grandchild in a session of its own, as Ray does, and writes both ids.
 FAMILY = """
@@ -77,3 +77,16 @@ def test_a_detached_child_ends_by_its_token(tmp_path: Path) -> None:
     assert psutil.Process(pid).environ()[TOKEN] == "some-token"
     end("some-token")
     wait_for(lambda: gone(pid))
+
+
+def test_signals_do_nothing_while_a_run_is_closed() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with undisturbed():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.store import LocalStore, S3Store, Store, check_path, open_store
+from infra.s3 import S3Store
+from infra.store import LocalStore, Store, check_path, open_store
 
 
 def test_what_is_written_is_read(store: Store) -> None:
@@ -101,29 +102,3 @@ def test_a_local_reader_never_sees_a_file_being_written(tmp_path: Path) -> None:
     store.write("t/done", b"")
     (tmp_path / "t" / ".half.1234").write_bytes(b"ha")
     assert list(store.list("t")) == ["t/done"]
-
-
-class LostAnswer:
-    """A client whose first put reaches the server but whose answer never comes back."""
-
-    def __init__(self, client: object, error: Exception) -> None:
-        self.client, self.error = client, error
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.client, name)
-
-    def put_object(self, **arguments: object) -> object:
-        self.client.put_object(**arguments)  # type: ignore[attr-defined]
-        if self.error:
-            error, self.error = self.error, None  # type: ignore[assignment]
-            raise error
-        raise AssertionError("put twice")
-
-
-def test_a_conditional_put_whose_answer_was_lost_knows_its_own_object(s3_bucket: str, tmp_path: Path) -> None:
-    from botocore.exceptions import ClientError
-
-    store = S3Store(s3_bucket, "p", cache=tmp_path)
-    lost = ClientError({"ResponseMetadata": {"HTTPStatusCode": 412}, "Error": {}}, "PutObject")
-    store.client = LostAnswer(store.client, lost)
-    assert store.create("m", b"mine")

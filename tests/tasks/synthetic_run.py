@@ -117,6 +117,7 @@ class SyntheticRun:
 
     def annotations(self, kind: str, queries: int) -> None:
         prefix = f"{kind}-" if kind else ""
+        calibrated = self.config.signals.keep.calibrate is not None
         correct = self.random.random(queries) < 0.75
         confidence = np.clip(self.random.normal(0.45 + 0.3 * correct, 0.18), 0, 1)
         scores, kept = [], []
@@ -130,6 +131,8 @@ class SyntheticRun:
                     "final_answer": "1",
                     "correct": bool(correct[number]),
                     "ta_teacher": float(confidence[number]),
+                    "calibrated": float(confidence[number] > 0.6) if calibrated else None,
+                    "calibrates": number % 5 == 0 if calibrated else None,
                     "kept": reason == "kept",
                     "reason": reason,
                 }
@@ -145,7 +148,8 @@ class SyntheticRun:
         facts = {"charged": own, "charged_in_all": self.charged, "spent": own, "spent_in_all": spent}
         self.stage(f"{prefix}annotate", {"samples": (schemas.SAMPLE, [])}, queries=queries, **tokens, **facts)
         tables = {"scores": (schemas.SCORE, scores), "kept": (schemas.KEPT, kept), "charged": (schemas.CHARGED, [])}
-        self.stage(f"{prefix}keep", tables, threshold=0.4, kept=len(kept), scored=queries)
+        facts = {"calibration": {"known": queries // 5, "used": True}} if calibrated else {}
+        self.stage(f"{prefix}keep", tables, threshold=0.4, kept=len(kept), scored=queries, **facts)
 
     def signals(self, candidates: int) -> None:
         unique = 1 + self.random.binomial(4, 0.45, candidates)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from infra.manifest import read_part
 from tasks import schemas
 from tasks.asking import Asking, Shard
+from tasks.calls import Call
 from tasks.config.budget import Price
 from tasks.config.signals import Sampling
-from tasks.engines import Call
 from tasks.ledger import Amount, Caps, SpendingExhausted
 from tasks.purse import Purse, charges
 from tasks.sample import SampleSettings

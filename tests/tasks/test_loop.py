@@ -25,6 +25,9 @@ from tasks.train import plan_of
 torch.set_num_threads(1)
 ALONE = World(0, 1, torch.device("cpu"))
 SWITCH = {"type": "switch", "max_new_tokens": 10, "block": 4}
+MINILLM = {"type": "minillm", "max_new_tokens": 10, "block": 4, "collected_batches": 2, "epochs": 2}
+DISTILLM = {"type": "distillm", "max_new_tokens": 10, "first_share": 0.8, "capacity": 6}
+METHODS = [{"type": "sft"}, SWITCH, MINILLM, DISTILLM]
 
 
 class Toys:
@@ -76,7 +79,7 @@ def run_all(plan: Plan, folder: Path, resume: Path | None = None) -> tuple[Loop,
     return loop, kept
 
 
-@pytest.mark.parametrize("method", [{"type": "sft"}, SWITCH], ids=["sft", "switch"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["type"])
 def test_micro_batch_changes_nothing(toys: Toys, method: dict[str, Any]) -> None:
     loops = [Loop(toys.plan(method, micro_batch=size), ALONE) for size in (8, 2, 1)]
     rows = [loop.step() for loop in loops]
@@ -202,14 +205,18 @@ def test_rollouts_ahead_keep_the_cap(toys: Toys) -> None:
     assert loop.state.capped == loop.state.rows_drawn == 32 - loop.state.prompts_drawn
 
 
-@pytest.mark.parametrize("method", [{"type": "sft"}, SWITCH], ids=["sft", "switch"])
-def test_resumed_run_is_bitwise_the_uninterrupted_one(toys: Toys, tmp_path: Path, method: dict[str, Any]) -> None:
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["type"])
+@pytest.mark.parametrize("resumed_after", [2, 4])
+def test_resumed_run_is_bitwise_the_uninterrupted_one(
+    toys: Toys, tmp_path: Path, method: dict[str, Any], resumed_after: int
+) -> None:
     plan = toys.plan(method, steps=7)
     _, whole = run_all(plan, tmp_path / "whole")
     assert [folder.name for folder in whole] == ["step-2", "step-4", "step-6", "step-7"]
-    _, resumed = run_all(plan, tmp_path / "resumed", whole[1])
-    assert [folder.name for folder in resumed] == ["step-6", "step-7"]
-    for left, right in zip(whole[2:], resumed, strict=True):
+    done = resumed_after // 2
+    _, resumed = run_all(plan, tmp_path / "resumed", whole[done - 1])
+    assert [folder.name for folder in resumed] == [folder.name for folder in whole[done:]]
+    for left, right in zip(whole[done:], resumed, strict=True):
         for file in sorted(path.relative_to(left) for path in left.rglob("*.safetensors")):
             assert (left / file).read_bytes() == (right / file).read_bytes(), file
         curves = [pq.read_table(folder / "steps.parquet") for folder in (left, right)]
@@ -271,9 +278,12 @@ def process_group(tmp_path: Path) -> Any:
     dist.destroy_process_group()
 
 
-def test_sharded_student_learns_the_same(toys: Toys, tmp_path: Path, process_group: None) -> None:
+@pytest.mark.parametrize("method", METHODS[1:], ids=lambda method: method["type"])
+def test_sharded_student_learns_the_same(
+    toys: Toys, tmp_path: Path, process_group: None, method: dict[str, Any]
+) -> None:
     plain, sharded = (
-        Loop(toys.plan(SWITCH, micro_batch=4).model_copy(update={"sharded": shard}), ALONE) for shard in (False, True)
+        Loop(toys.plan(method, micro_batch=4).model_copy(update={"sharded": shard}), ALONE) for shard in (False, True)
     )
     for loop in (plain, sharded):
         loop.state.start_loss = loop.validate()

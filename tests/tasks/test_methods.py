@@ -23,8 +23,9 @@ from kernels import gate
 from kernels.codec import encode_sampled, encode_top
 from kernels.divergence import divergence_N, forward_kl, jsd
 from tasks.batches import Order, Sequence, collate, micro_batches, read_data
+from tasks.catalogue import gate_of, method_of
 from tasks.config import methods as config
-from tasks.methods import Divergent, Together, cross_entropy, gate_of, method_of
+from tasks.methods import Divergent, Together, cross_entropy
 from tasks.schemas import CHARGED, KEPT
 from tasks.stage import Stage, StageSpec
 from tasks.student import check_projection, head_of, hidden_states

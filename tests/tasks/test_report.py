@@ -12,7 +12,8 @@ import pytest
 from huggingface_hub import ModelCard
 from synthetic_run import HOSTILE, SyntheticRun
 
-from infra.manifest import read_rows
+from infra.manifest import load_manifest, read_rows
+from infra.store import open_store
 from tasks import accounts, findings, page, plots
 from tasks.card import plain
 from tasks.metrics import DIFFERENCES, LABELS, METRIC, METRICS
@@ -332,3 +333,20 @@ def test_words():
         "run": [("name", "n")],
         "a": [("b.c", "1"), ("d[0].e", "x"), ("d[1].e", "null"), ("f", "[1, 2]"), ("g", "{}")],
     }
+
+
+def test_calibration_is_measured_on_rows_it_was_not_fitted_on(tmp_path):
+    config = {"signals": {"keep": {"rule": "absolute", "threshold": 0.4, "calibrate": {}}}}
+    run = SyntheticRun(tmp_path, config)
+    run.annotations("warmup", 80)
+    run.annotations("", 320)
+    store = open_store(str(tmp_path))
+    manifests = {name: load_manifest(store, path) for name, path in run.paths.items()}
+    pairs = findings.calibrated(store, manifests)
+    assert {len(correct) for _, correct in pairs.values()} == {320}
+    figures, calibrations = findings.confidence(store, manifests)
+    raw, as_scored, calibrated = calibrations
+    assert (raw.known, as_scored.known, calibrated.known) == (400, 320, 320)
+    assert as_scored.accuracy == calibrated.accuracy
+    assert calibrated.brier == pytest.approx(((pairs["calibrated"][0] - pairs["calibrated"][1]) ** 2).mean())
+    assert "after calibration" in figures[0].note

@@ -1,0 +1,180 @@
+"""Deployments on a real server: as `switchyard up` leaves them, as `prefect deploy` puts them, and what they do."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tiny
+from machine import ROOT, Up
+
+from flows.server import environment
+from infra.lease import lease_path
+from infra.store import LocalStore
+
+SECONDS = 900
+LOCAL = ("distill", "evaluate", "reap")
+# What a deployment says, beside ids and times.
+SAID = (
+    *("entrypoint", "parameters", "tags", "version", "description", "work_pool_name", "job_variables"),
+    *("parameter_openapi_schema", "enforce_parameter_schema", "global_concurrency_limit", "concurrency_options"),
+)
+
+
+def said(deployment: dict[str, Any]) -> dict[str, Any]:
+    limit = deployment["global_concurrency_limit"]
+    schedules = [(found["slug"], found["active"], found["schedule"]) for found in deployment["schedules"]]
+    return {key: deployment[key] for key in SAID} | {
+        "global_concurrency_limit": limit and limit["limit"],
+        "schedules": [(slug, active, schedule["cron"], schedule["timezone"]) for slug, active, schedule in schedules],
+    }
+
+
+@pytest.mark.timeout(SECONDS)
+def test_up_leaves_deployments_that_prefect_deploys_alike(up: Up, tmp_path: Path) -> None:
+    before = {name: said(up.deployment(name)) for name in LOCAL}
+    assert before["distill"]["global_concurrency_limit"] == 1
+    assert before["distill"]["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+    assert before["reap"]["schedules"] == [("hourly", True, "17 * * * *", "Etc/UTC")]
+    assert {deployment["version"] for deployment in before.values()} == {version("switchyard")}
+
+    for kind in ("docker", "kubernetes"):
+        up.ask("/work_pools/", name=f"switchyard-{kind}", type=kind)
+    settings = {**environment(tmp_path, up.facts["prefect_url"]), "PWD": str(ROOT)}
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    deployed = subprocess.run(
+        command, env={**up.environment, **settings}, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert deployed.returncode == 0, deployed.stdout[-3000:] + deployed.stderr[-3000:]
+    assert {name: said(up.deployment(name)) for name in LOCAL} == before
+    for kind in ("docker", "kubernetes"):
+        for flow in ("distill", "evaluate"):
+            there = up.deployment(flow, f"{flow}-{kind}")
+            assert there["work_pool_name"] == f"switchyard-{kind}"
+            assert there["parameters"]["root"].startswith("s3://")
+    assert subprocess.run(["git", "diff", "--quiet", "prefect.yaml"], cwd=ROOT).returncode == 0
+
+
+def test_the_server_refuses_what_the_form_refuses(up: Up, tmp_path: Path) -> None:
+    data = tiny.settings(tmp_path)
+    data["train"]["steps"] = 0
+    with pytest.raises(httpx.HTTPStatusError, match="409"):
+        up.start("distill", config=data, root=str(tmp_path / "root"))
+
+
+@pytest.mark.timeout(SECONDS)
+def test_a_run_that_cannot_work_fails_with_its_lines(up: Up, tmp_path: Path) -> None:
+    data = tiny.settings(tmp_path)
+    data["train"]["micro_batch"] = 3
+    run = up.start("distill", config=data, root=str(tmp_path / "root"))
+    absent = {"type": "huggingface", "id": "/nowhere"}
+    source = {"type": "jsonl", "path": "/no.jsonl"}
+    other = up.start("evaluate", config={"name": "none", "model": absent, "problems": [source]}, root=str(tmp_path))
+    state = up.wait(run, seconds=SECONDS)
+    assert (state["type"], state["name"]) == ("FAILED", "Failed")
+    assert state["message"] == "train: micro_batch 3 does not divide batch_size 4"
+    assert "micro_batch 3" in up.artifacts(run)["problems"]["data"]
+    state = up.wait(other, seconds=SECONDS)
+    assert state["type"] == "FAILED"
+    assert state["message"].startswith("model: id: no folder '/nowhere'")
+    assert "problems.0: " in state["message"]
+
+
+def running(up: Up, name: str, beats: datetime | None) -> str:
+    """A flow run that some process began, and that last told it lives at this time."""
+    flow = up.deployment("distill")["flow_id"]
+    run = up.ask("/flow_runs/", flow_id=flow, name=name, state={"type": "RUNNING", "name": "Running"})["id"]
+    if beats:
+        resource = {"prefect.resource.id": f"prefect.flow-run.{run}"}
+        event = {"occurred": beats.isoformat(), "event": "prefect.flow-run.heartbeat", "resource": resource}
+        up.api.post("/events", json=[{**event, "id": run}]).raise_for_status()
+        # The server writes events down some seconds later.
+        beat = {"resource": {"id": [resource["prefect.resource.id"]]}}
+        while not up.ask("/events/filter", filter=beat)["events"]:
+            time.sleep(0.5)
+    return run
+
+
+@contextmanager
+def renewed(store: LocalStore, run: str) -> Iterator[None]:
+    """A run whose flow lives."""
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(1):
+            store.write(lease_path(run), str(time.monotonic_ns()).encode())
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.timeout(SECONDS)
+def test_reaping_ends_what_nobody_looks_after(up: Up, tmp_path: Path) -> None:
+    store, now = LocalStore(tmp_path / "root"), datetime.now(UTC)
+    zombie = running(up, "zombie", now - timedelta(minutes=10))
+    alive = running(up, "alive", now)
+    foreign = running(up, "foreign", None)
+    store.write(lease_path("gone"), b"1")
+    ids = {name: f"{name}-{zombie}" for name in ("gone", "kept")}
+    for name, job in ids.items():
+        asked = {"entrypoint": "sleep 600", "submission_id": job, "metadata": {"run": name, "root": store.uri}}
+        up.ray.post("/api/jobs/", json=asked).raise_for_status()
+    with renewed(store, "kept"):
+        run = up.start("reap", watch_seconds=15)
+        assert up.wait(run, seconds=SECONDS)["type"] == "COMPLETED"
+    states = {name: up.state(found) for name, found in (("zombie", zombie), ("alive", alive), ("foreign", foreign))}
+    assert {name: state["type"] for name, state in states.items()} == {
+        "zombie": "CRASHED",
+        "alive": "RUNNING",
+        "foreign": "RUNNING",
+    }
+    assert states["zombie"]["message"].startswith("no sign of life since")
+    jobs = {name: up.ray.get(f"/api/jobs/{job}").json()["status"] for name, job in ids.items()}
+    assert jobs == {"gone": "STOPPED", "kept": "RUNNING"}
+    assert ids["gone"] in up.artifacts(run)["reaped"]["data"]
+    up.ray.post(f"/api/jobs/{ids['kept']}/stop").raise_for_status()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(SECONDS)
+def test_any_model_is_measured_on_any_problems(up: Up, tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "model", seed=1)
+    problems = [{"prompt": f"{a} + 1?", "answer": str(a + 1), "reference": f"It is {a + 1}."} for a in range(8)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    fields = {"prompt": "prompt", "answer": "answer", "reference": "reference"}
+    config = {
+        "name": "weekly",
+        "model": {"type": "huggingface", "id": str(tmp_path / "model")},
+        "problems": [{"type": "jsonl", "path": str(tmp_path / "problems.jsonl"), "fields": fields}],
+        "count": 8,
+        "max_prompt_tokens": 96,
+        "evaluate": {"seeds": [1], "max_tokens": 12, "bootstrap": 200},
+        "engine": {"max_model_len": 256, "kv_cache_gib": 0.05},
+    }
+    run = up.start("evaluate", config=config, root=str(tmp_path / "root"))
+    state = up.wait(run, seconds=SECONDS)
+    assert state["type"] == "COMPLETED", state
+    (row,) = json.loads(up.artifacts(run)["metrics"]["data"])
+    assert row["model"] == "weekly"
+    assert row["loss"] > 0
+    assert 0 <= row["accuracy"] <= 1
+
+    # More than there are: said in the words of these settings.
+    run = up.start("evaluate", config={**config, "count": 9}, root=str(tmp_path / "root"))
+    state = up.wait(run, seconds=SECONDS)
+    assert state["type"] == "FAILED"
+    assert "count: 9 asked for, but problems hold 8" in state["message"]

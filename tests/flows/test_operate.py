@@ -1,0 +1,169 @@
+"""A person operates a run in Prefect's UI, in a real browser: what docs/operate.md says, step by step.
+
+Screenshots go to the test's folder, or to the one that SCREENSHOTS names.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny
+from machine import Up
+
+from infra.process import marked as processes_with
+from tasks.config.form import marked
+
+SECONDS = 2400
+# From the confirmed cancel to the last process of the run.
+CANCEL_SECONDS = 15
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(SECONDS)]
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        # Chromium refuses its sandbox to root.
+        sandbox = os.geteuid() != 0
+        browser = playwright.chromium.launch(executable_path=chromium, chromium_sandbox=sandbox)
+        found = browser.new_page(viewport={"width": 1400, "height": 1000})
+        found.set_default_timeout(60_000)
+        yield found
+        browser.close()
+
+
+class Operator:
+    """Somebody at the browser, who keeps screenshots."""
+
+    def __init__(self, page: Any, up: Up, screenshots: Path) -> None:
+        self.page, self.up, self.screenshots = page, up, screenshots
+
+    def shoot(self, name: str) -> None:
+        # What is being loaded or moved would be caught halfway.
+        self.page.wait_for_timeout(1500)
+        self.page.screenshot(path=self.screenshots / f"{name}.png")
+
+    def open_form(self) -> None:
+        """From the list of deployments to the form of a run of one's own."""
+        self.page.goto(f"{self.up.ui}/deployments")
+        self.page.get_by_role("link", name="distill", exact=True).first.click()
+        self.page.get_by_role("button", name="Run", exact=True).click()
+        self.shoot("deployment")
+        self.page.get_by_text("Custom run").click()
+
+    def field(self, label: str) -> Any:
+        """The innermost part of the form with this label."""
+        title = self.page.locator(".schema-form-property__label").get_by_text(label, exact=True)
+        return self.page.locator(".schema-form-property").filter(has=title).last
+
+    def submit(self) -> str:
+        """Start what the form says; returns the flow run's id."""
+        self.page.get_by_role("button", name="Submit").click()
+        # Notes lie upon each other while they move: the last one is on top.
+        self.page.get_by_role("button", name="View run").last.click()
+        self.page.wait_for_url("**/runs/flow-run/**")
+        return self.page.url.rsplit("/", 1)[1].partition("?")[0]
+
+
+@pytest.fixture(scope="module")
+def operator(page: Any, up: Up, tmp_path_factory: pytest.TempPathFactory) -> Operator:
+    given = os.environ.get("SCREENSHOTS")
+    return Operator(page, up, Path(given) if given else tmp_path_factory.mktemp("screenshots"))
+
+
+def at_work(up: Up, before: set[int]) -> list[str]:
+    """Processes that a run has started: flow, jobs, actors, engines, training. Not among them: idle workers of Ray."""
+    found = []
+    for process in processes_with(up.facts["token"]):
+        try:
+            title = " ".join(process.cmdline())
+            if process.pid not in before and process.status() != psutil.STATUS_ZOMBIE and "ray::IDLE" not in title:
+                found.append(title[:200])
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_run_from_the_form_to_its_artifacts(operator: Operator, up: Up, tmp_path: Path) -> None:
+    page, root = operator.page, tmp_path / "root"
+    tiny.save_model(tmp_path / "teacher", seed=1)
+    # Deployments keep what their users start from.
+    start = {"config": marked(tiny.settings(tmp_path)), "root": str(root)}
+    reply = up.api.patch(f"/deployments/{up.deployment('distill')['id']}", json={"parameters": start})
+    reply.raise_for_status()
+    before = {process.pid for process in processes_with(up.facts["token"])}
+
+    # Fill the form: a plain field, and another choice of a union, which stays chosen.
+    operator.open_form()
+    operator.field("Name").locator("textarea").fill("browser")
+    gate = operator.field("Gate (Optional)")
+    gate.scroll_into_view_if_needed()
+    gate.get_by_text("Linear", exact=True).click()
+    gate.locator(".schema-form-property", has_text="Floor (Optional)").locator("input").first.fill("0.25")
+    operator.shoot("form")
+    run = operator.submit()
+    parameters = up.ask(f"/flow_runs/{run}")["parameters"]
+    assert parameters["config"]["name"] == "browser"
+    assert parameters["config"]["train"]["method"]["gate"] == {"linear": True, "floor": 0.25}
+
+    # Watch it, until an engine and a training are at work.
+    deadline = time.monotonic() + SECONDS
+    while not all(any(kind in title for title in at_work(up, before)) for kind in ("ray::Engine", "TrainWorker")):
+        assert up.state(run)["type"] in ("SCHEDULED", "PENDING", "RUNNING"), up.state(run)
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    operator.shoot("running")
+
+    # Cancel it: nothing of it is left at work.
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    page.get_by_role("button", name="Confirm").click()
+    began = time.monotonic()
+    while working := at_work(up, before):
+        assert time.monotonic() - began < CANCEL_SECONDS, working
+        time.sleep(0.1)
+    print(f"nothing was left {time.monotonic() - began:.1f} s after the cancel")
+    assert up.wait(run, seconds=60)["type"] == "CANCELLED"
+    jobs = up.ray.get("/api/jobs/").json()
+    assert all(job["status"] != "RUNNING" for job in jobs if job["metadata"].get("root") == root.as_posix())
+    operator.shoot("cancelled")
+
+    # The same parameters again: it continues.
+    page.locator(".flow-run-menu").click()
+    page.get_by_text("Copy to new run").click()
+    again = operator.submit()
+    assert again != run
+    assert up.ask(f"/flow_runs/{again}")["parameters"] == parameters
+
+    # Prefect's server dies meanwhile, and comes back: the run goes on.
+    up.wait(again, "RUNNING", seconds=SECONDS)
+    up.restart_server()
+    state = up.wait(again, seconds=SECONDS)
+    assert state["type"] == "COMPLETED", state
+    (record,) = (json.loads(path.read_text()) for path in root.glob("runs/*/run.json"))
+    reused = {stage["name"] for stage in record["stages"] if stage["reused"]}
+    assert {"models", "prompts", "warmup-annotate", "warmup-keep"} <= reused
+    assert not {"train", "evaluate-before", "evaluate-after", "report"} & reused
+
+    # Its artifacts.
+    left = up.artifacts(again)
+    assert {"plan", "stages", "metrics", "funnel", "spending", "report", "summary"} <= set(left)
+    page.reload()
+    page.get_by_text("Artifacts", exact=True).first.click()
+    page.get_by_role("link", name="metrics").first.click()
+    page.wait_for_url("**/artifacts/artifact/**")
+    page.get_by_text("rouge_l").first.wait_for()
+    operator.shoot("artifact")
+    page.goto(f"{up.ui}/runs/flow-run/{again}")
+    page.get_by_text("Completed").first.wait_for()
+    operator.shoot("run")
+    assert all((operator.screenshots / f"{name}.png").stat().st_size > 10_000 for name in ("form", "run", "artifact"))
