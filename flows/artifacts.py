@@ -18,9 +18,11 @@ from prefect.runtime import flow_run
 
 from flows.record import RunRecord, place
 from infra.store import Store
-from tasks.accounts import costs, funnel
+from tasks.accounts import Account, accounts, costs, funnel
+from tasks.config.budget import Budget
 
 UPDATE_SECONDS = 2.0
+BUDGET_COLUMNS = ("charged", "budget", "left", "sent", "at most")
 LABELS = ("promoted", "base", "warmup", "final", "teacher")
 
 
@@ -52,6 +54,8 @@ class StageProgress:
         text = f"{event['done']:,g} of {event['total']:,g} {event['unit']}"
         if event.get("tokens_per_second"):
             text += f", {event['tokens_per_second']:,g} tokens/s"
+        if event.get("left"):
+            text += f"; left of the budget: {event['left']}"
         if self.id is None:
             created = create_progress_artifact(share, key=f"progress-{self.stage}", description=text)
             assert isinstance(created, UUID)
@@ -90,6 +94,16 @@ def gate_lines(facts: dict[str, Any]) -> str:
     return "\n".join([f"**{'Promoted' if facts['promoted'] else 'Not promoted'}**: {facts['reason']}", "", *checks])
 
 
+def budget_rows(accounts: list[Account]) -> list[dict[str, Any]]:
+    """One row a unit of the budget."""
+    rows = []
+    for account in accounts:
+        values = (account.charged, account.cap, account.left, account.spent, account.spending_cap)
+        rounded = [None if value is None else round(value, 6) for value in values]
+        rows.append({"unit": account.unit, **dict(zip(BUDGET_COLUMNS, rounded, strict=True))})
+    return rows
+
+
 def publish(record: RunRecord, store: Store) -> None:
     """The facts of a finished run as artifacts of its flow run."""
     manifests = record.manifests(store)
@@ -118,6 +132,10 @@ def publish(record: RunRecord, store: Store) -> None:
         ],
         key="spending",
         description="What each stage took: time, teacher queries, tokens",
+    )
+    budget = Budget.model_validate(record.config["budget"])
+    create_table_artifact(
+        table=budget_rows(accounts(manifests, budget)), key="budget", description="The teacher budget, charged and left"
     )
     report, student = store.location(facts["report"]), place(store, facts["student"])
     link = report if "://" in report else f"file://{report}"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -21,6 +21,9 @@ from flows.local import Local, running_local
 from infra.store import open_store
 from tasks.config import RunConfig, load_config
 from tasks.config.problems import problems_of
+
+if TYPE_CHECKING:
+    from flows.plan import Plan
 
 app = typer.Typer(
     help="Distil a large language model into a small one.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -76,6 +79,9 @@ def run(
     root: Root = "runs/default",
     set_: Set = None,
     from_: Annotated[str | None, typer.Option("--from", help="Do this stage, and what depends on it, again.")] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Agree to spend what budget.approve_above would have a person approve.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Run a distillation, or continue it where it was."""
@@ -92,10 +98,12 @@ def run(
             raise UserError(["--from: a recurring run goes on or begins anew: leave it out"])
         if from_ and from_ not in plan.names:
             raise UserError([f"--from: {from_!r} is no stage; stages are {', '.join(plan.names)}"])
+        if not yes and not sys.stdin.isatty() and (what := asks_approval(settings, root, plan, from_)):
+            raise UserError([f"budget.approve_above: {what} need approval, and there is no terminal: pass --yes"])
         with console.status("starting Prefect's server"):
             ready()
         with terminal():
-            state = start_flow(settings, root, from_)
+            state = start_flow(settings, root, from_, yes)
         result = ended(state, settings, root)
     show_result(result)
     if json_:
@@ -106,15 +114,27 @@ def run(
         raise typer.Exit(1)
 
 
-def start_flow(settings: RunConfig, root: str, from_: str | None) -> Any:
+def start_flow(settings: RunConfig, root: str, from_: str | None, yes: bool) -> Any:
     """Run the flow that the settings ask for, to its final state."""
     if settings.recurring:
         from flows.recurring import distill_recurring
 
-        return distill_recurring(settings, root, return_state=True)
+        return distill_recurring(settings, root, yes, return_state=True)
     from flows.distill import distill
 
-    return distill(settings, root, from_, return_state=True)
+    return distill(settings, root, from_, yes, return_state=True)
+
+
+def asks_approval(settings: RunConfig, root: str, plan: "Plan", redo_from: str | None) -> str:
+    """What a person would have to agree to; empty where nothing is left to ask the teacher, or they have."""
+    from flows.approval import above
+    from flows.record import load_record
+    from tasks.accounts import ANNOTATIONS
+
+    known = load_record(open_store(root), plan.run)
+    left = redo_from or any(not stage.done for stage in plan.stages if stage.name in ANNOTATIONS)
+    agreed = known is not None and known.approved and not redo_from
+    return above(settings.budget) if left and not agreed else ""
 
 
 def ended(state: Any, settings: RunConfig, root: str) -> dict[str, Any]:
@@ -179,6 +199,8 @@ def plan(
     """Say what a run would do, what is done already, what it would cost, and what stands in its way. Starts nothing,
     unless --deep asks for it."""
     settings = read_config(config, set_)
+    if deep and settings.text_only:
+        raise UserError(["--deep: models.teacher (openai) shows no log-probabilities that could be compared"])
     # Prefect reads its settings when it is imported: a server comes before everything that imports it.
     with prefect_server(root) if deep else nullcontext(bool) as ready:
         from flows.plan import plan_run

@@ -5,7 +5,9 @@ from typing import Any
 from flows.record import RunRecord
 from infra.manifest import Manifest, read_rows
 from infra.store import Store
-from tasks.accounts import fact, online_teacher_tokens, per_1000_queries, teacher_queries, total
+from tasks import value
+from tasks.accounts import teacher_queries
+from tasks.config.budget import Budget
 from tasks.metrics import METRICS
 
 
@@ -13,33 +15,27 @@ def comparison(store: Store, record: RunRecord) -> dict[str, Any]:
     """One run's line: what it did, what it cost, what came of it. None where the run is not that far."""
     manifests = record.manifests(store)
     facts = manifests["report"].facts if "report" in manifests else {}
-    config, queries = record.config, teacher_queries(manifests)
-    written = total(fact(manifests, name, "completion_tokens") for name in ("warmup-annotate", "annotate"))
+    config, budget = record.config, Budget.model_validate(record.config["budget"])
     row: dict[str, Any] = {
         "run": record.run,
         "state": record.state,
         "method": config["train"]["method"]["type"],
         "steps": config["warmup"]["steps"] + config["train"]["steps"],
-        "queries": queries,
-        "teacher_tokens": total((written, online_teacher_tokens(manifests))),
+        "queries": teacher_queries(manifests),
+        "teacher_tokens": value.teacher_tokens(manifests),
+        "money": value.money(manifests, budget),
+        "currency": budget.price.currency if budget.price else None,
+        "device_hours": round(value.device_hours(manifests), 4),
         "seconds": round(sum(manifest.seconds for manifest in manifests.values()), 1),
     }
     final = (facts.get("metrics") or {}).get("final") or {}
     gain = (facts.get("differences") or {}).get("final-base")
-    per_query = per_1000_queries(gain, queries) if gain else {}
+    gains = value.quality_for_cost(gain, manifests, budget) if gain else {}
     for metric in METRICS:
         row[metric], row[f"{metric}_ci"] = final.get(metric), final.get(f"{metric}_ci")
-        row[f"{metric}_per_1000_queries"] = per_query.get(metric)
-        row[f"{metric}_per_million_teacher_tokens"] = per_unit(gain, metric, row["teacher_tokens"], 1e6)
-        row[f"{metric}_per_hour"] = per_unit(gain, metric, row["seconds"], 3600)
+        for key in value.KEYS:
+            row[f"{metric}_{key}"] = gains.get(key, {}).get(metric)
     return row
-
-
-def per_unit(gain: dict[str, Any] | None, metric: str, amount: float | None, unit: float) -> float | None:
-    """The gain of final over base for so much of something."""
-    if not gain or gain.get(metric) is None or not amount:
-        return None
-    return float(gain[metric] * unit / amount)
 
 
 # Ways to choose, as settings of ``signals.select``.

@@ -1,7 +1,7 @@
 """What a run begins with: its settings as they stand now, what models and sources hold, and what earlier runs left.
 
 A run that stands alone begins with its settings. Of runs that follow each other (section ``recurring``) each begins
-with a cycle of this pipeline: the one that was left open, or a new one with the files and the teacher queries there are.
+with a cycle: the one that was left open, or a new one with the files and the teacher queries there are.
 """
 
 from dataclasses import dataclass
@@ -78,14 +78,14 @@ def allowance(config: RunConfig, cycles: Cycles, month: str) -> int:
     """Teacher queries of a run: its own budget, or what is left of the month's. NothingToDo where that is too little to
     share among both stages."""
     assert config.recurring
-    samples, limit = config.sampling.teacher.samples, config.recurring.queries_per_month
-    prompts = config.budget.queries
+    queries, limit = config.budget.queries, config.recurring.queries_per_month
     if limit is not None:
         charged = cycles.charged(month)
-        prompts = min(prompts, (limit - charged) // samples)
-        if prompts < 2 or not config.budget.model_copy(update={"queries": prompts}).warmup_queries:
+        queries = min(queries, limit - charged)
+        left = config.model_copy(update={"budget": config.budget.model_copy(update={"queries": queries})})
+        if min(left.warmup_prompts, left.selected_prompts) < 1:
             raise NothingToDo(f"no teacher queries left: {charged:,} of {limit:,} of {month} are used")
-    return prompts * samples
+    return queries
 
 
 def settled(config: RunConfig, cycle: Cycle) -> RunConfig:
@@ -96,7 +96,7 @@ def settled(config: RunConfig, cycle: Cycle) -> RunConfig:
         sources += expand(source, files) if isinstance(source, InboxSource) else [source]
     student = config.models.student
     first = student.first if isinstance(student, PromotedModel) else student
-    queries = min(config.budget.queries, cycle.queries // config.sampling.teacher.samples)
+    queries = min(config.budget.queries, cycle.queries)
     parts = {
         "prompts": config.prompts.model_copy(update={"sources": sources}),
         "models": config.models.model_copy(update={"student": first}),

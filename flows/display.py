@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from infra.manifest import Manifest
 
 # What of a progress event is worth a glance, in this order.
-FACTS = ("now", "loss", "tokens_per_second", "intervention_rate")
+FACTS = ("now", "loss", "tokens_per_second", "intervention_rate", "left")
 
 
 def shown(value: Any) -> str:
@@ -25,6 +25,9 @@ class Display:
     def progress(self, stage: str, event: dict[str, Any]) -> None: ...
 
     def finished(self, stage: str, manifest: Manifest, *, reused: bool, seconds: float) -> None: ...
+
+    def notice(self, text: str) -> None:
+        """Something that a person should act on."""
 
 
 class TerminalDisplay(Display):
@@ -68,6 +71,9 @@ class TerminalDisplay(Display):
         rows = ", ".join(f"{table.rows:,} {name}" for name, table in manifest.tables.items())
         mark, took = ("[dim]=[/]", "reused") if reused else ("[green]✓[/]", f"{seconds:.1f} s")
         self.console.print(f"{mark} {stage:<16} {took:>9}   [dim]{rows}[/]", highlight=False)
+
+    def notice(self, text: str) -> None:
+        self.console.print(f"[yellow]![/] {text}", highlight=False, soft_wrap=True)
 
 
 _current: Display = Display()

@@ -11,18 +11,22 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.states import Cancelled, Failed
 
+from flows.approval import above, wait_for_approval
 from flows.cycle import identities
 from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed, run_name
-from flows.story import Pipeline
+from flows.story import Pipeline, Planner
 from infra.faults import fault_of
+from tasks.accounts import ANNOTATIONS
 from tasks.config.preset import Settings
+from tasks.config.run import OPERATIONAL
+from tasks.ledger import Caps, caps_of
 from tasks.promoted import Promotion
 
 
 def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
     """Models and prompts, which everything else starts from. Of runs that follow each other each takes new prompts."""
     config, stage, after = pipeline.config, pipeline.stage, found["after"]
-    plain = config.model_dump(mode="json")
+    plain = config.model_dump(mode="json", exclude=OPERATIONAL)
     models = stage("models", "tasks.models", {"models": plain["models"], "identities": found["models"]})
     earlier = {f"earlier-{number}": path for number, path in enumerate(after["earlier"], 1)} if after else {}
     follows = config.recurring and {
@@ -37,11 +41,13 @@ def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
             "prompts": plain["prompts"],
             "identities": found["sources"],
             "seed": config.seed,
-            "warmup": config.budget.warmup_queries,
-            "queries": config.budget.queries,
+            "warmup": config.warmup_prompts,
+            "queries": config.warmup_prompts + config.selected_prompts,
             "candidates": config.signals.candidates,
             "chat_template_args": config.models.chat_template_args,
             "after": follows,
+            # The tokenizer that counts: an endpoint's is not known.
+            "tokenizer_key": "student" if config.text_only else "teacher",
         },
         models=models,
         **earlier,
@@ -56,16 +62,19 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     budget, shard_size = config.budget, config.sampling.shard_size
     template_args, compares = config.models.chat_template_args, config.train.method.compares
     shared = {"shard_size": shard_size, "template_args": template_args}
+    longest = None if config.text_only else config.prompts.max_prompt_tokens
     rival: Promotion | None = found["promoted"]
     # A warm start: the student that learns is the promoted one, and so is what it is compared with.
     warm = {"promoted": rival.manifest} if rival and found["warm"] else {}
 
-    def annotate(name: str, table: str, prompts: str) -> str:
-        """The teacher answers."""
+    def annotate(name: str, table: str, prompts: str, caps: Caps, **before: str) -> str:
+        """The teacher answers, as far as the budget goes. ``before``: an earlier stage charged to it."""
         settings = {"role": "teacher", "engine": "teacher", "table": table, "sampling": plain["sampling"]["teacher"]}
         kept = {"logprobs": compares, "distributions": plain["sampling"]["distributions"]}
-        settings |= {**kept, **shared, "seed": config.seed}
-        return stage(name, "tasks.sample", settings, models=models, prompts=prompts)
+        earlier = next(iter(before), "").replace("_", "-") or None
+        charged = {"caps": caps.model_dump(mode="json"), "charged_by": earlier, "prompt_tokens": longest}
+        settings |= {**kept, **shared, **charged, "seed": config.seed}
+        return stage(name, "tasks.sample", settings, models=models, prompts=prompts, **before)
 
     def keep(name: str, table: str, prompts: str, samples: str) -> str:
         """The TA scores the teacher's answers; a rule keeps or drops them."""
@@ -78,7 +87,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     models, prompts = prepare(pipeline, found)
 
     # Warm up: a small share of the budget on random prompts makes a student whose signals mean something.
-    warmup_samples = annotate("warmup-annotate", "warmup", prompts)
+    warmup_samples = annotate("warmup-annotate", "warmup", prompts, caps_of(budget, budget.warmup_share))
     warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_samples)
     warmup = stage(
         "warmup-train",
@@ -119,7 +128,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         {
             "select": plain["signals"]["select"],
             "confidence": plain["signals"]["confidence"],
-            "queries": budget.queries - budget.warmup_queries,
+            "queries": config.selected_prompts,
             "seed": config.seed,
             **shared,
         },
@@ -129,7 +138,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     )
 
     # Annotate: the rest of the budget, on the selected prompts.
-    samples = annotate("annotate", "selected", selected)
+    samples = annotate("annotate", "selected", selected, caps_of(budget), warmup_annotate=warmup_samples)
     kept = keep("keep", "selected", selected, samples)
 
     # Replay: rows that earlier runs kept, so that the student does not forget them.
@@ -169,7 +178,8 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     )
 
     # Evaluate: base and teacher once and for all; warmed-up and final student with every change. The promoted student
-    # too, on the same rows: a new one has to beat it.
+    # too, on the same rows: a new one has to beat it. An endpoint is asked for annotations only: nothing but the
+    # budget's ledger lets requests out.
     entries = [
         {"label": "warmup", "engine": "student", "weights": "warmup-train"},
         {"label": "final", "engine": "student", "weights": "train"},
@@ -181,7 +191,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     before = stage(
         "evaluate-before",
         "tasks.evaluate",
-        {**measure, "entries": [{"label": "teacher", "engine": "teacher"}, base]},
+        {**measure, "entries": [base] if config.text_only else [{"label": "teacher", "engine": "teacher"}, base]},
         models=models,
         prompts=prompts,
         **warm,
@@ -209,7 +219,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         {
             "name": config.name,
             "seed": config.seed,
-            "config": config.model_dump(mode="json", exclude={"resources", "engines", "device"}),
+            "config": config.model_dump(mode="json", exclude=OPERATIONAL),
             "evaluate": plain["evaluate"],
             "promote": plain["promote"],
             "rival": rival and {"label": "base" if warm else "promoted", "fingerprint": rival.fingerprint},
@@ -231,9 +241,23 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     )
 
 
+def approve(runner: Runner, found: dict[str, Any], approved: bool) -> None:
+    """See that somebody agrees to what the run will spend, where it is more than the settings leave to it."""
+    budget, record = runner.config.budget, runner.record
+    planner = Planner(runner.config, runner.store.uri, runner.run, runner.redo)
+    story(planner, found)
+    asks = any(not runner.store.exists(spec.manifest_path) for spec in planner.specs if spec.stage in ANNOTATIONS)
+    if asks and not record.approved and (what := above(budget)):
+        if not approved:
+            wait_for_approval(what, budget)
+        record.approved = True
+        record.save(runner.store)
+
+
 @flow(name="distill", flow_run_name=run_name, log_prints=False, validate_parameters=False)
-def distill(config: Settings, root: str = "runs/default", redo_from: str | None = None) -> Any:
-    """Distil the teacher into the student: prompts in, a promoted student and its report out."""
+def distill(config: Settings, root: str = "runs/default", redo_from: str | None = None, approved: bool = False) -> Any:
+    """Distil the teacher into the student: prompts in, a promoted student and its report out. ``approved``: what
+    budget.approve_above would ask for is agreed to."""
     # The plan follows this story, so it knows this file.
     from flows.prelude import planned
 
@@ -243,6 +267,7 @@ def distill(config: Settings, root: str = "runs/default", redo_from: str | None 
             return Failed(message="recurring: this flow runs once: use distill-recurring, or leave the section out")
         with Runner.open(settings, root, redo_from) as runner:
             found = {**identities(settings, {}), "promoted": runner.record.promoted}
+            approve(runner, found, approved)
             try:
                 story(runner, found)
             except StageDamaged as damaged:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from flows.story import on_gpu
 from tasks.config import RunConfig
-from tasks.config.models import FreshModel, ModelSource, PrunedModel
+from tasks.config.models import FreshModel, ModelSource, OpenAIModel, PrunedModel
 from tasks.config.prompts import ReasoningGymSource
 from tasks.config.train import TrainConfig
 from tasks.models import parameters_on_disk
@@ -20,6 +20,8 @@ DECODE_FLOPS_PER_CORE = 20e9
 TRAIN_FLOPS_PER_CORE = 60e9
 DECODE_FLOPS_PER_GPU = 20e12
 TRAIN_FLOPS_PER_GPU = 100e12
+# An endpoint's time to write an answer.
+ANSWER_SECONDS = 3.0
 START_SECONDS = {"cpu": 20.0, "gpu": 60.0}
 # Prompts and responses are seldom as long as they may be.
 FILL = 0.4
@@ -43,12 +45,16 @@ class Estimate:
 
     stages: dict[str, Cost] = field(default_factory=dict)
     teacher_queries: int = 0
+    teacher_tokens: int = 0  # at most
+    teacher_money: str = ""  # at most
     memory_gib: float = 0.0
     disk_gib: float = 0.0
 
 
-def parameters(source: ModelSource) -> float:
+def parameters(source: ModelSource | OpenAIModel) -> float:
     """Number of parameters, from file sizes or the shape; 0 if unknown."""
+    if isinstance(source, OpenAIModel):
+        return 0.0
     if isinstance(source, FreshModel):
         return source.layers * (4 * source.hidden_size**2 + 3 * source.hidden_size * source.intermediate_size)
     if isinstance(source, PrunedModel):
@@ -64,7 +70,7 @@ def candidates(config: RunConfig) -> int:
         if isinstance(source, ReasoningGymSource)
         for task in source.tasks
     )
-    left = max(0, known - config.prompts.heldout - config.budget.warmup_queries)
+    left = max(0, known - config.prompts.heldout - config.warmup_prompts)
     return min(config.signals.candidates or left, left) if known else config.signals.candidates or 0
 
 
@@ -85,6 +91,14 @@ def estimate(config: RunConfig) -> Estimate:
         tokens = int(prompts * samples * length * FILL)
         result.stages[name] = Cost(prompts * samples, tokens, start + 2 * size * tokens / decode / replicas)
 
+    def annotate(name: str, prompts: int) -> None:
+        sample(name, prompts, written.samples, written.max_tokens, teacher)
+        if isinstance(source := config.models.teacher, OpenAIModel):
+            service = source.service
+            pace = 60 / service.requests_per_minute if service.requests_per_minute else 0.0
+            each = max(pace, ANSWER_SECONDS / service.concurrency)
+            result.stages[name].seconds = start + result.stages[name].rows * each
+
     def fit(name: str, settings: TrainConfig) -> None:
         tokens = int(settings.steps * settings.batch_size * settings.max_length * FILL)
         flops = 6 * student * tokens
@@ -96,15 +110,15 @@ def estimate(config: RunConfig) -> Estimate:
         flops += 2 * (student + asked) * rollout * train / decode
         result.stages[name] = Cost(settings.steps, tokens, 2 * start + flops / train)
 
-    warmup, rest = config.budget.warmup_queries, config.budget.queries - config.budget.warmup_queries
+    warmup, rest = config.warmup_prompts, config.selected_prompts
     asked, heldout = candidates(config), config.prompts.heldout
     written, own = config.sampling.teacher, config.sampling.student
-    sample("warmup-annotate", warmup, written.samples, written.max_tokens, teacher)
+    annotate("warmup-annotate", warmup)
     sample("warmup-keep", warmup, 1, config.prompts.max_prompt_tokens, assistant)
     fit("warmup-train", config.warmup)
     sample("student-sample", asked, own.samples, own.max_tokens, student)
     sample("select", asked, 1, config.prompts.max_prompt_tokens, assistant)
-    sample("annotate", rest, written.samples, written.max_tokens, teacher)
+    annotate("annotate", rest)
     sample("keep", rest, 1, config.prompts.max_prompt_tokens, assistant)
     fit("train", config.train)
     seeds, length = len(config.evaluate.seeds), config.evaluate.max_tokens
@@ -113,7 +127,12 @@ def estimate(config: RunConfig) -> Estimate:
     for name, starts in (("models", 2), ("prompts", 1), ("report", 1)):
         result.stages[name] = Cost(seconds=starts * start)
 
-    result.teacher_queries = config.budget.queries * written.samples
+    result.teacher_queries = (warmup + rest) * written.samples
+    read, answered = (result.teacher_queries * most for most in (config.prompts.max_prompt_tokens, written.max_tokens))
+    result.teacher_tokens = min(read + answered, config.budget.tokens or read + answered)
+    if (price := config.budget.price) is not None:
+        most = float(price.of(read, answered))
+        result.teacher_money = f"{min(most, config.budget.money or most):,.4g} {price.currency}"
     width = 2 if gpu else 4
     serving = {
         repr(getattr(config.models, role)): parameters(getattr(config.models, role))

@@ -45,12 +45,17 @@ def opened(root: str, run: str) -> tuple[Store, "RunRecord"]:
 def show(run: str, root: Root = "runs/default", json_: Json = False) -> None:
     """Show a run: its stages, signals, accounting and metrics."""
     from flows.record import outcome
-    from flows.tables import facts_table, metrics_table, stages_table
+    from flows.tables import budget_table, facts_table, metrics_table, stages_table
+    from tasks.accounts import accounts
+    from tasks.config.budget import Budget
 
     store, record = opened(root, run)
     result = outcome(record, store)
     console.print(stages_table(result))
-    console.print(facts_table(record.manifests(store)))
+    manifests = record.manifests(store)
+    console.print(facts_table(manifests))
+    if found := accounts(manifests, Budget.model_validate(record.config["budget"])):
+        console.print(budget_table(found))
     if result["metrics"]:
         console.print(metrics_table(result["metrics"]))
     if json_:

@@ -8,11 +8,11 @@ from flows.distill import story
 from flows.estimate import Estimate, estimate
 from flows.preflight import preflight, readable, sources_readable
 from flows.record import load_record, rival_of, run_id
-from flows.story import Pipeline
+from flows.story import Planner
 from infra.manifest import load_manifest
 from infra.store import open_store
 from tasks.config import RunConfig
-from tasks.stage import StageSpec, one_line
+from tasks.stage import one_line
 
 
 @dataclass
@@ -37,6 +37,8 @@ class Plan:
     problems: list[str] = field(default_factory=list)
     teacher_queries: int = 0
     nothing: str = ""  # why a recurring run would end at once
+    teacher_tokens: int = 0
+    teacher_money: str = ""
     memory_gib: float = 0.0
     disk_gib: float = 0.0
 
@@ -57,24 +59,13 @@ class Plan:
         left = sum(not stage.done for stage in self.stages)
         return (
             f"{left} of {len(self.stages)} stages to do, about {duration(self.seconds)}; "
-            f"{self.teacher_queries:,} teacher queries in all; memory about {self.memory_gib:.1f} GiB, "
+            f"{self.teacher_queries:,} teacher queries in all, of at most {self.teacher_tokens:,} tokens"
+            f"{self.teacher_money and ' and '}{self.teacher_money}; memory about {self.memory_gib:.1f} GiB, "
             f"disk about {self.disk_gib:.1f} GiB"
         )
 
     def facts(self) -> dict[str, Any]:
         return {**asdict(self), "seconds": self.seconds}
-
-
-class Planner(Pipeline):
-    """Follows the story and only notes it down."""
-
-    def __init__(self, config: RunConfig, root: str, run: str, redo: dict[str, int]) -> None:
-        super().__init__(config, root, run, redo)
-        self.specs: list[StageSpec] = []
-
-    def perform(self, spec: StageSpec) -> str:
-        self.specs.append(spec)
-        return spec.manifest_path
 
 
 def plan_run(config: RunConfig, root: str) -> Plan:
@@ -118,7 +109,8 @@ def plan_run(config: RunConfig, root: str) -> Plan:
                 seconds=cost.seconds if cost else None,
             )
         )
-    plan.teacher_queries = needs.teacher_queries
+    plan.teacher_queries, plan.teacher_tokens = needs.teacher_queries, needs.teacher_tokens
+    plan.teacher_money = needs.teacher_money
     plan.memory_gib, plan.disk_gib = needs.memory_gib, needs.disk_gib
     if not all(stage.done for stage in plan.stages):
         plan.problems = preflight(config, root, needs)

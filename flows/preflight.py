@@ -13,13 +13,15 @@ import psutil
 from pydantic import ValidationError
 
 from flows.estimate import GIB, Estimate
+from flows.reach import reach
 from flows.story import on_gpu
 from infra.files import list_files
 from infra.store import open_store
 from tasks.config import RunConfig
 from tasks.config.evaluation import Evaluation
-from tasks.config.models import GgufModel, HuggingFaceModel, PromotedModel, PrunedModel, StudentSource
+from tasks.config.models import GgufModel, HuggingFaceModel, OpenAIModel, PromotedModel, PrunedModel, StudentSource
 from tasks.config.prompts import InboxSource, ReasoningGymSource
+from tasks.ledger import Amount, caps_of
 from tasks.models import ROLES, identity
 from tasks.sources import check as check_source
 from tasks.verify import check_verifier
@@ -39,6 +41,8 @@ def readable(config: RunConfig, root: str) -> list[str]:
     found = problem("--root", partial(writable, root))
     for role in ROLES:
         found += problem(f"models.{role}", partial(identity, getattr(config.models, role)))
+    if isinstance(config.models.teacher, OpenAIModel):
+        found += problem("models.teacher", partial(reach, config.models.teacher))
     found += sources_readable(config)
     if config.prompts.verifier != "auto":
         found += problem("prompts.verifier", partial(check_verifier, config.prompts.verifier))
@@ -89,9 +93,10 @@ def preflight(config: RunConfig, root: str, needs: Estimate) -> list[str]:
     return [
         *places(config, root),
         *enough(config),
+        *affordable(config),
         *capacity(config, root, needs),
         *lengths(config),
-        *distributions(config),
+        *(text_only(config) if config.text_only else distributions(config)),
     ]
 
 
@@ -102,12 +107,29 @@ def enough(config: RunConfig) -> list[str]:
     aside = 0 if config.prompts.heldout_sources else config.prompts.heldout
     if config.recurring is None and all(isinstance(source, ReasoningGymSource) for source in sources):
         left = sum(generated) - aside
-        if config.budget.queries > left:
+        needed = config.warmup_prompts + config.selected_prompts
+        if needed > left:
             return [
-                f"budget.queries: {config.budget.queries} queries need as many prompts, prompts.sources give {left} "
+                f"budget.queries: {config.budget.queries} queries need {needed} prompts, prompts.sources give {left} "
                 "beside the held-out ones: lower it, or raise the sizes"
             ]
     return []
+
+
+def affordable(config: RunConfig) -> list[str]:
+    """Tokens and money of each stage cover the worst case of one prompt at least."""
+    budget, sampling = config.budget, config.sampling.teacher
+    worst = Amount(1, config.prompts.max_prompt_tokens, sampling.max_tokens) * sampling.samples
+    found = []
+    for unit in ("tokens", "money"):
+        caps = caps_of(budget.model_copy(update={"money": None} if unit == "tokens" else {"tokens": None}))
+        share = min(budget.warmup_share, 1 - budget.warmup_share)
+        if getattr(budget, unit) is not None and not caps.cover(worst, share):
+            found.append(
+                f"budget.{unit}: {share:.0%} of {getattr(budget, unit):,} do not cover one prompt, which may take "
+                f"{worst.tokens:,} tokens: raise it, or lower sampling.teacher.max_tokens"
+            )
+    return found
 
 
 def places(config: RunConfig, root: str) -> list[str]:
@@ -175,8 +197,24 @@ def origin(source: StudentSource) -> HuggingFaceModel | GgufModel:
     return source.of if isinstance(source, PrunedModel) else source.tokenizer_of
 
 
+def text_only(config: RunConfig) -> list[str]:
+    """What an endpoint cannot do: it shows no distributions, and is asked for annotations only."""
+    found = [
+        f"{name}.method: {settings.method.type} compares distributions, which models.teacher (openai) does not show: "
+        "use sft or seqkd, or a teacher that runs here"
+        for name, settings in (("warmup", config.warmup), ("train", config.train))
+        if settings.method.compares
+    ]
+    if config.sampling.distributions:
+        found.append("sampling.distributions: models.teacher (openai) shows none: leave it out")
+    if config.evaluate.reference == "teacher":
+        found.append("evaluate.reference: teacher would ask models.teacher (openai) outside the budget: set source")
+    return found
+
+
 def distributions(config: RunConfig) -> list[str]:
     """For methods that compare distributions: one token map, one width of logits, one end of sequence."""
+    assert not isinstance(config.models.teacher, OpenAIModel)
     teacher, student = origin(config.models.teacher), origin(config.models.student)
     comparing = [settings.method.type for settings in (config.warmup, config.train) if settings.method.compares]
     if not comparing or teacher == student:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from infra.manifest import Manifest, fingerprint, load_manifest
 from infra.store import Store
 from tasks.config import RunConfig
+from tasks.config.run import OPERATIONAL
 from tasks.promoted import Promotion, current
 
 
@@ -32,6 +33,7 @@ class RunRecord(BaseModel):
     state: str = "Running"
     message: str = ""
     refused: bool = False  # a stage found a user's mistake
+    approved: bool = False  # what it spends was agreed to
     redo: dict[str, int] = Field(default_factory=dict)
     stages: list[StageRecord] = Field(default_factory=list)
     promoted: Promotion | None = None  # as it stood when the run began: what a new student has to beat
@@ -60,9 +62,7 @@ def record_path(run: str) -> str:
 
 def run_id(config: RunConfig) -> str:
     """Name and hash of what the run computes: the same settings are the same run, wherever its models are served."""
-    return (
-        f"{config.name}-{fingerprint(config.model_dump(mode='json', exclude={'resources', 'engines', 'device'}))[:8]}"
-    )
+    return f"{config.name}-{fingerprint(config.model_dump(mode='json', exclude=OPERATIONAL))[:8]}"
 
 
 def load_record(store: Store, run: str) -> RunRecord | None:

@@ -13,7 +13,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows.artifacts import name_run
 from flows.cycle import NothingToDo, Start, begin
-from flows.distill import story
+from flows.distill import approve, story
 from flows.record import RunRecord, load_record
 from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed, run_name
 from infra.faults import fault_of
@@ -56,8 +56,9 @@ class CycleRunner(Runner):
 
 
 @flow(name="distill-recurring", flow_run_name=run_name, log_prints=False, validate_parameters=False)
-def distill_recurring(config: Settings, root: str = "runs/default") -> Any:
-    """Distil what is new: prompts no run took before in, a student that beats the promoted one out, or a reason."""
+def distill_recurring(config: Settings, root: str = "runs/default", approved: bool = False) -> Any:
+    """Distil what is new: prompts no run took before in, a student that beats the promoted one out, or a reason.
+    ``approved``: what budget.approve_above would ask for is agreed to."""
     # The plan follows the story, so it knows its file.
     from flows.prelude import planned
 
@@ -65,7 +66,7 @@ def distill_recurring(config: Settings, root: str = "runs/default") -> Any:
         settings = planned(config, root)
         if settings.recurring is None:
             return Failed(message="recurring: a recurring run needs this section: add it, {} will do")
-        return cycle(settings, root)
+        return cycle(settings, root, approved)
     except NothingToDo as nothing:
         name_run(f"{settings.name}: {str(nothing).partition(';')[0].partition(':')[0]}")
         return Completed(message=str(nothing), data=nothing_done(str(nothing)))
@@ -80,7 +81,7 @@ def distill_recurring(config: Settings, root: str = "runs/default") -> Any:
         return Failed(message=fault.line)
 
 
-def cycle(config: RunConfig, root: str) -> Any:
+def cycle(config: RunConfig, root: str, approved: bool) -> Any:
     """One cycle, from where it stands to its end."""
     start = begin(config, open_store(root))
     assert start.cycle
@@ -89,6 +90,7 @@ def cycle(config: RunConfig, root: str) -> Any:
     with CycleRunner.open(start.config, root, run=start.run) as runner:
         runner.start = start
         found = {**start.found, "promoted": runner.record.promoted}
+        approve(runner, found, approved)
         try:
             story(runner, found)
         except StageDamaged as damaged:

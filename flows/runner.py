@@ -86,6 +86,7 @@ class Runner(Pipeline):
             config=config.model_dump(mode="json"),
             redo=redo,
             promoted=rival_of(store, config, known),
+            approved=bool(known and known.approved and not redo_from),
             touched=known.touched if known else {},
         )
         record.save(store)

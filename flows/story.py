@@ -9,11 +9,13 @@ from typing import Any
 
 from infra.store import Store, open_store
 from tasks.config import RunConfig
+from tasks.config.models import OpenAIModel
 from tasks.config.signals import TopTokens
+from tasks.ledger import caps_of
 from tasks.stage import Runtime, StageSpec
 
 # Raised when a stage's code changes what it writes: older results are then made again.
-STAGE_VERSIONS = {"tasks.sample": 3, "tasks.keep": 2, "tasks.train": 2, "tasks.evaluate": 2}
+STAGE_VERSIONS = {"tasks.sample": 4, "tasks.keep": 2, "tasks.train": 2, "tasks.evaluate": 2}
 
 
 class Pipeline(ABC):
@@ -45,6 +47,18 @@ class Pipeline(ABC):
     def perform(self, spec: StageSpec) -> str: ...
 
 
+class Planner(Pipeline):
+    """Follows the story and only notes it down."""
+
+    def __init__(self, config: RunConfig, root: str, run: str, redo: dict[str, int]) -> None:
+        super().__init__(config, root, run, redo)
+        self.specs: list[StageSpec] = []
+
+    def perform(self, spec: StageSpec) -> str:
+        self.specs.append(spec)
+        return spec.manifest_path
+
+
 def on_gpu(config: RunConfig) -> bool:
     """Whether models run on GPUs: as set; else by this machine, or yes on a cluster whose training asks for them."""
     if config.device != "auto":
@@ -58,9 +72,12 @@ def on_gpu(config: RunConfig) -> bool:
 
 def runtime(config: RunConfig, run: str) -> Runtime:
     """Where stages run and how models are served."""
-    gpu, kept = on_gpu(config), config.sampling.distributions
+    gpu, kept, price = on_gpu(config), config.sampling.distributions, config.budget.price
 
     def engine(role: str) -> dict[str, Any]:
+        if isinstance(source := getattr(config.models, role), OpenAIModel):
+            plain = source.model_dump(mode="json", exclude={"type", "service"})
+            return {"endpoint": {**plain, **source.service.model_dump(mode="json")}}
         own = getattr(config.engines, role).model_dump(mode="json")
         most = {"max_logprobs": kept.limit} if isinstance(kept, TopTokens) and role == "teacher" else {}
         return {**own, **most, "gpu": gpu, "seed": config.seed}
@@ -72,4 +89,11 @@ def runtime(config: RunConfig, run: str) -> Runtime:
         workers=config.resources.train_workers,
         gpus_per_worker=config.resources.gpus_per_worker if gpu else 0,
         release_engines=config.resources.release_engines,
+        spending={
+            "caps": {
+                **caps_of(config.budget).model_dump(mode="json"),
+                "price": price and price.model_dump(mode="json"),
+            },
+            "factor": config.budget.spending_factor,
+        },
     )

@@ -5,12 +5,15 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from flows.artifacts import metric_rows
+from flows.artifacts import BUDGET_COLUMNS, budget_rows, metric_rows
 from flows.plan import Plan
 from infra.manifest import Manifest
+from tasks.accounts import Account
+from tasks.value import KEYS
 
 # Facts of stages that are long or shown elsewhere.
-ELSEWHERE = {"models", "metrics", "differences", "verdict", "report", "student", "promoted", "gate", "per_1000_queries"}
+ELSEWHERE = {"models", "metrics", "differences", "verdict", "report", "student", "promoted", "gate", "quality_for_cost"}
+ELSEWHERE |= {"charged", "charged_in_all", "spent", "spent_in_all"}
 
 
 def metrics_table(metrics: dict[str, Any]) -> Table:
@@ -64,15 +67,34 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
     table.add_column("")
     for row in rows:
         table.add_column(row["run"], justify="right")
-    for key in ("state", "method", "steps", "queries", "teacher_tokens", "seconds"):
-        table.add_row(key.replace("_", " "), *(written(row[key]) for row in rows))
+    for key in ("state", "method", "steps", "queries", "teacher_tokens", "money", "device_hours", "seconds"):
+        if any(row[key] is not None for row in rows):
+            unit = row_currency(rows) if key == "money" else ""
+            table.add_row(key.replace("_", " ") + unit, *(written(row[key]) for row in rows))
     for metric in ("loss", "rouge_l", "accuracy"):
         table.add_section()
         table.add_row(metric, *(written(row[metric]) for row in rows))
         table.add_row("  interval", *(" to ".join(map(written, row[f"{metric}_ci"] or [])) for row in rows))
-        for unit in ("per_1000_queries", "per_million_teacher_tokens", "per_hour"):
-            name = f"  gain {unit.replace('_', ' ')}"
-            table.add_row(name, *(written(row[f"{metric}_{unit}"]) for row in rows))
+        for key in KEYS:
+            if any(row[f"{metric}_{key}"] is not None for row in rows):
+                unit = row_currency(rows) if key == "per_money" else ""
+                name = f"  gain {key.replace('_', ' ')}{unit}"
+                table.add_row(name, *(written(row[f"{metric}_{key}"]) for row in rows))
+    return table
+
+
+def row_currency(rows: list[dict[str, Any]]) -> str:
+    """The currencies that money is counted in."""
+    return f" ({', '.join(sorted({row['currency'] for row in rows if row['currency']}))})"
+
+
+def budget_table(accounts: list[Account]) -> Table:
+    """The budget: charged once a query; sent: with all that was sent again."""
+    table = Table(title="teacher budget", title_justify="left")
+    for name in ("", *BUDGET_COLUMNS):
+        table.add_column(name, justify="right" if name else "left")
+    for row in budget_rows(accounts):
+        table.add_row(row["unit"], *("" if row[name] is None else f"{row[name]:,}" for name in BUDGET_COLUMNS))
     return table
 
 

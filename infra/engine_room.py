@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from infra.endpoint import Endpoint, EndpointSpec
 from infra.engine import Engine, EngineSpec
 from infra.lease import lease_counter
 from infra.store import Store, open_store
@@ -30,7 +31,7 @@ class Room:
 
     def acquire(self, spec: dict[str, Any]) -> list[str]:
         """Names of the actors that serve this spec, started if need be. Returns before they have loaded."""
-        parsed = EngineSpec.model_validate(spec)
+        parsed = EndpointSpec.model_validate(spec) if "base_url" in spec else EngineSpec.model_validate(spec)
         names = [parsed.actor_name(replica) for replica in range(parsed.replicas)]
         if parsed.key not in self.engines:
             self.engines[parsed.key] = [start(parsed, name) for name in names]
@@ -44,11 +45,13 @@ class Room:
         self.engines.clear()
 
 
-def start(spec: EngineSpec, name: str) -> Any:
+def start(spec: EngineSpec | EndpointSpec, name: str) -> Any:
     # Engines on CPU ask for no logical CPUs: a run's engines take turns, and training must find room beside them.
-    resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": spec.tensor_parallel} if spec.gpu else {"num_cpus": 0}
+    resources: dict[str, Any] = {"num_cpus": 0}
+    if isinstance(spec, EngineSpec) and spec.gpu:
+        resources = {"num_cpus": 1, "num_gpus": spec.tensor_parallel}
     return (
-        ray.remote(Engine)
+        ray.remote(Engine if isinstance(spec, EngineSpec) else Endpoint)
         .options(
             name=name,
             max_restarts=-1,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.manifest import Manifest
-from tasks.metrics import METRICS, Measured
+from tasks.config.budget import Budget
 
 # What each stage does, in the order of the method; others follow under their own names.
 STAGES = {
@@ -24,6 +24,8 @@ STAGES = {
     "evaluate-after": "Trained students evaluated",
 }
 Manifests = dict[str, Manifest]
+# Stages whose queries are charged to the budget.
+ANNOTATIONS = ("warmup-annotate", "annotate")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,21 @@ class Level:
     rows: int
     warmup: int = 0
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Account:
+    """One unit of the budget: what queries are charged, and what was sent in all, repeated requests included."""
+
+    unit: str
+    charged: float
+    cap: float | None
+    spent: float
+    spending_cap: float | None
+
+    @property
+    def left(self) -> float | None:
+        return None if self.cap is None else self.cap - self.charged
 
 
 @dataclass(frozen=True)
@@ -78,7 +95,7 @@ def funnel(manifests: Manifests) -> list[Level]:
     )
     # Some prompts may be read for the held-out set and not be needed there.
     read = (fact(manifests, "prompts", "counts") or {}).get("read") or total((prompts, heldout, refused))
-    queried = [fact(manifests, name, "queries") for name in ("warmup-annotate", "annotate")]
+    queried = [fact(manifests, name, "queries") for name in ANNOTATIONS]
     kept = [rows(manifests, name, "kept") for name in ("warmup-keep", "keep")]
     trained = (fact(manifests, "train", "data") or fact(manifests, "warmup-train", "data") or {}).get("rows")
     aside = (fact(manifests, "train", "data") or {}).get("validation_rows")
@@ -95,7 +112,30 @@ def funnel(manifests: Manifests) -> list[Level]:
 
 def teacher_queries(manifests: Manifests) -> int | None:
     """Annotation queries charged to the budget."""
-    return total(fact(manifests, name, "queries") for name in ("warmup-annotate", "annotate"))
+    return total(fact(manifests, name, "queries") for name in ANNOTATIONS)
+
+
+def accounts(manifests: Manifests, budget: Budget) -> list[Account]:
+    """The budget by unit: queries always, tokens, money where it has a price. Empty before the first annotation."""
+    last = next((name for name in reversed(ANNOTATIONS) if fact(manifests, name, "charged_in_all")), None)
+    if last is None:
+        return []
+    charged, spent = (manifests[last].facts[key] for key in ("charged_in_all", "spent_in_all"))
+
+    def account(unit: str, cap: float | None, *parts: str) -> Account:
+        amounts = [sum(found[part] for part in parts) for found in (charged, spent)]
+        return Account(unit, amounts[0], cap, amounts[1], None if cap is None else cap * budget.spending_factor)
+
+    found = [
+        account("queries", budget.queries, "queries"),
+        account("tokens", budget.tokens, "prompt_tokens", "completion_tokens"),
+    ]
+    if budget.price is not None:
+        price, tokens = budget.price, ("prompt_tokens", "completion_tokens")
+        paid = [float(price.of(*(amounts[name] for name in tokens))) for amounts in (charged, spent)]
+        most = None if budget.money is None else budget.money * budget.spending_factor
+        found.append(Account(price.currency, paid[0], budget.money, paid[1], most))
+    return found
 
 
 def online_teacher_tokens(manifests: Manifests) -> int | None:
@@ -108,7 +148,7 @@ def costs(manifests: Manifests) -> list[Cost]:
     entries = []
     for name in in_order(manifests):
         manifest, facts = manifests[name], manifests[name].facts
-        annotates = name in ("warmup-annotate", "annotate")
+        annotates = name in ANNOTATIONS
         references = manifest.tables.get("references")
         entries.append(
             Cost(
@@ -124,16 +164,3 @@ def costs(manifests: Manifests) -> list[Cost]:
             )
         )
     return entries
-
-
-def per_1000_queries(difference: Measured, queries: int | None) -> Measured:
-    """Quality for cost: the gain of final over base a thousand teacher queries, in each metric's own unit."""
-    if not queries:
-        return dict.fromkeys(difference)
-    scale = 1000 / queries
-    gains: Measured = {}
-    for metric in METRICS:
-        value, bounds = difference[metric], difference[f"{metric}_ci"]
-        gains[metric] = None if value is None else value * scale
-        gains[f"{metric}_ci"] = None if bounds is None else [bound * scale for bound in bounds]
-    return gains

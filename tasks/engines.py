@@ -3,20 +3,22 @@
 import json
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
+from infra.endpoint import EndpointSpec
 from infra.engine import EngineSpec
 from infra.engine_room import ROOM, open_room
 from infra.models import ModelRef, local_folder
 from infra.store import Store
 from tasks.calls import Call
 from tasks.connection import connected
-from tasks.isolate import EngineLost, isolate
+from tasks.isolate import EngineLost, isolate, part
 from tasks.stage import Stage
 
 Key = TypeVar("Key")
@@ -30,12 +32,15 @@ SHARD_TRIES = 2
 WATCH_SECONDS = 5.0
 # What of a model's configuration decides whether weights fit.
 SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+END = object()
+# Makes the call of a key once more, or of its requests from one number to another; None: it may not be sent yet.
+Again = Callable[..., Call | None]
 
 
 class EnginePool:
     """The replicas of one engine."""
 
-    def __init__(self, room: "EngineAccess", spec: EngineSpec) -> None:
+    def __init__(self, room: "EngineAccess", spec: EngineSpec | EndpointSpec) -> None:
         self.access, self.spec = room, spec
         self.names: list[str] = []
         self.heard: dict[Any, float] = {}  # by engine at work: when it last finished a call, or was given its first
@@ -45,30 +50,38 @@ class EnginePool:
         self.names = ray.get(self.access.room().acquire.remote(self.spec.model_dump()))
         return [ray.get_actor(name) for name in self.names]
 
-    def map(self, calls: Iterable[tuple[Key, Call]]) -> Iterator[tuple[Key, Any]]:
-        """Results by key, as they come.
+    def map(self, calls: Iterable[tuple[Key, Call] | None], again: Again | None = None) -> Iterator[tuple[Key, Any]]:
+        """Results by key, as they come. None among the calls: the next one waits for a result.
 
         A call whose engine died or hung is made again; one whose engine raised costs that engine its life first, since
         a raised error leaves an engine in a state nobody has checked. Requests that an engine never survives are left
-        out of the result: see ``tasks/isolate.py``.
+        out of the result: see ``tasks/isolate.py``. Where what is sent again has to be covered, ``again(key)`` makes
+        the call, and ``again(key, start, end)`` a part of it; None: it waits for a result too.
         """
         source = iter(calls)
         actors = self.actors()
         idle = deque(actor for _ in range(IN_FLIGHT) for actor in actors)
         running: dict[Any, tuple[Key, Call, Any, int]] = {}
-        again: deque[tuple[Key, Call, int]] = deque()
+        lost: deque[tuple[Key, Call, int]] = deque()
         while True:
+            following: Any = None
             while idle:
-                if again:
-                    key, call, tries = again.popleft()
+                if lost:
+                    key, call, tries = lost[0]
+                    repeated = again(key) if again else call
+                    if repeated is None:
+                        break
+                    lost.popleft()
+                    call = repeated
                 else:
-                    following = next(source, None)
-                    if following is None:
+                    following = next(source, END)
+                    if following is None or following is END:
                         break
                     (key, call), tries = following, 1
                 actor = idle.popleft()
                 running[call.on(actor)] = (key, call, actor, tries)
             if not running:
+                assert following is END, "a call that waits, waits for another's result"
                 return
             reference = self.finished({reference: entry[2] for reference, entry in running.items()})
             key, call, actor, tries = running.pop(reference)
@@ -78,13 +91,13 @@ class EnginePool:
                 refuse_mistakes(error)
                 if tries == SHARD_TRIES:
                     idle.append(self.revived(actor, kill=isinstance(error, RayTaskError)))
-                    result, reasons = isolate(call, self.ask)
+                    result, reasons = isolate(call, partial(self.ask_part, key, call, again))
                     for reason in reasons:
                         self.access.stage.log.warning("a request is left out, its engine dies of it: %s", reason)
                     yield key, result
                     continue
                 self.access.stage.log.warning("engine lost, a shard is sent again: %s", last_line(error))
-                again.append((key, call, tries + 1))
+                lost.append((key, call, tries + 1))
                 idle.append(self.revived(actor, kill=isinstance(error, RayTaskError)))
                 continue
             idle.append(actor)
@@ -106,6 +119,13 @@ class EnginePool:
                     self.access.stage.log.warning("an engine was silent for %g s: it is started again", seconds)
                     ray.kill(actor, no_restart=False)
                     self.heard[actor] = time.monotonic()
+
+    def ask_part(self, key: Key, call: Call, again: Again | None, start: int, end: int) -> Any:
+        """The requests of a call from ``start`` to ``end``, where they may be sent again."""
+        own = again(key, start, end) if again else part(call, start, end)
+        if own is None:
+            raise RuntimeError("what is left to spend does not cover finding the request that its engine dies of")
+        return self.ask(own)
 
     def ask(self, call: Call) -> Any:
         """One call on one engine, beside what else that engine has to do; EngineLost where it does not survive it."""
@@ -172,8 +192,11 @@ class EngineAccess:
 
     def pool(self, role: str, model: ModelRef) -> EnginePool:
         """Engines built for ``model`` with the role's settings. Requests may name other weights of its architecture."""
-        settings = self.stage.spec.runtime.engines.get(role, {})
-        return EnginePool(self, EngineSpec(model=model, root=self.stage.spec.root, **settings))
+        settings, root = self.stage.spec.runtime.engines.get(role, {}), self.stage.spec.root
+        if "endpoint" in settings:
+            student = model_of(self.stage, "models", "student")
+            return EnginePool(self, EndpointSpec(tokenizer=student, root=root, **settings["endpoint"]))
+        return EnginePool(self, EngineSpec(model=model, root=root, **settings))
 
 
 def release_engines(namespace: str) -> None:

@@ -48,28 +48,31 @@ def joined(results: list[tuple[int, Any]]) -> Any:
     if isinstance(first, pa.Table):
         place = first.schema.get_field_index("conversation")
         return pa.concat_tables(
-            table.set_column(place, "conversation", pc.add(table["conversation"], pa.scalar(start, pa.int32())))
-            for start, table in results
+            [
+                table.set_column(place, "conversation", pc.add(table["conversation"], pa.scalar(start, pa.int32())))
+                for start, table in results
+            ],
+            promote_options="default",
         )
     if isinstance(first, list):
         return [value for _, result in results for value in result]
     return tuple([value for _, result in results for value in result[place]] for place in range(len(first)))
 
 
-def isolate(call: Call, ask: Callable[[Call], Any]) -> tuple[Any, list[str]]:
-    """(The call's result without the requests that kill its engine, why each was left out).
+def isolate(call: Call, ask: Callable[[int, int], Any]) -> tuple[Any, list[str]]:
+    """(The result of a call that an engine did not survive, without the requests that kill it, why each was left out).
 
-    ``ask`` raises EngineLost. So does this, where more requests are left out than answered: then it is the engine.
+    ``ask(start, end)`` asks so many of its requests, and raises EngineLost. So does this, where more requests are left
+    out than answered: then it is the engine.
     """
     reasons: list[str] = []
     answered = 0
 
     def work(start: int, end: int) -> list[tuple[int, Any]]:
         nonlocal answered
-        own = part(call, start, end)
         for last in (False, True):
             try:
-                result = ask(own)
+                result = ask(start, end)
                 answered += end - start
                 return [(start, result)]
             except EngineLost as lost:
@@ -79,8 +82,12 @@ def isolate(call: Call, ask: Callable[[Call], Any]) -> tuple[Any, list[str]]:
                     reasons.append(str(lost))
                     if len(reasons) > max(1, answered):
                         raise
-                    return [(start, left_out(own, str(lost)))]
+                    return [(start, left_out(part(call, start, end), str(lost)))]
+        return halves(start, end)
+
+    def halves(start: int, end: int) -> list[tuple[int, Any]]:
         middle = (start + end) // 2
         return [*work(start, middle), *work(middle, end)]
 
-    return joined(work(0, size(call))), reasons
+    count = size(call)
+    return joined(halves(0, count) if count > 1 else work(0, count)), reasons

@@ -77,7 +77,10 @@ def score(stage: Stage[KeepSettings]) -> None:
 
     def calls() -> Iterator[tuple[tuple[int, pa.Table], Call]]:
         for shard, prompts, samples in pairs(stage):
-            if shard not in done:
+            if shard not in done and not samples.num_rows:
+                # The budget did not reach it.
+                stage.commit("confidence", shard, CONFIDENCE.empty_table())
+            elif shard not in done:
                 conversations = [prompt["messages"] for prompt in prompts]
                 texts = samples["text"].to_pylist()
                 yield (

@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import Field
 
+from infra.manifest import fingerprint
 from infra.models import ModelRef, load_model, load_tokenizer, local_folder
 from tasks.config.base import Config
 from tasks.config.models import (
@@ -26,6 +27,7 @@ from tasks.config.models import (
     HuggingFaceModel,
     Models,
     ModelSource,
+    OpenAIModel,
     PromotedModel,
     PrunedModel,
     StudentSource,
@@ -89,12 +91,14 @@ def hub_commit(source: HuggingFaceModel) -> str:
         return Path(cached).name
 
 
-def identity(source: StudentSource) -> str:
+def identity(source: StudentSource | OpenAIModel) -> str:
     """What a source holds now, import-light; also the check that it can be read. ValueError with the fix."""
     if isinstance(source, GgufModel):
         return folder_hash([gguf_path(source)])
     if isinstance(source, PromotedModel):
         return identity(source.first)
+    if isinstance(source, OpenAIModel):
+        return f"openai:{fingerprint(source.model_dump(mode='json', exclude={'service', 'key_variable'}))}"
     if isinstance(source, PrunedModel):
         return f"prune:{identity(source.of)}"
     if isinstance(source, FreshModel):
@@ -121,7 +125,9 @@ def parameters_on_disk(source: HuggingFaceModel | GgufModel) -> float:
     return size / 3
 
 
-def display_name(source: ModelSource) -> str:
+def display_name(source: ModelSource | OpenAIModel) -> str:
+    if isinstance(source, OpenAIModel):
+        return source.model
     if isinstance(source, PrunedModel):
         return f"{display_name(source.of)} ({len(source.layers)} layers)"
     if isinstance(source, FreshModel):
@@ -267,11 +273,13 @@ def describe_folder(stage: Stage[ModelsSettings], source: HuggingFaceModel) -> M
 def run(stage: Stage[ModelsSettings]) -> None:
     made: dict[str, ModelRef] = {}
     for number, role in enumerate(ROLES):
-        source: ModelSource = getattr(stage.settings.models, role)
+        source: ModelSource | OpenAIModel = getattr(stage.settings.models, role)
         key = source.model_dump_json()
         if key not in made:
             stage.progress(number, len(ROLES), "models", now=display_name(source))
-            if isinstance(source, HuggingFaceModel):
+            if isinstance(source, OpenAIModel):
+                made[key] = ModelRef(name=source.model, revision=identity(source))
+            elif isinstance(source, HuggingFaceModel):
                 made[key] = describe_folder(stage, source)
             else:
                 made[key] = store_built(stage, role, source)

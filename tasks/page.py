@@ -11,10 +11,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from infra.manifest import read_table
 from infra.store import Store
 from tasks import findings, overview
-from tasks.accounts import Manifests, costs, funnel, in_order, online_teacher_tokens, per_1000_queries, teacher_queries
+from tasks.accounts import Manifests, accounts, costs, funnel, in_order, online_teacher_tokens, teacher_queries
 from tasks.metrics import METRICS, SOURCES, Results
 from tasks.promote import Decision
 from tasks.stage import Stage
+from tasks.value import rates
 from tasks.verdict import NAMES, SHOWN, details, headline, outcome
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def write(
         "train": findings.training(store, manifests, "train", "Stage 2", settings.config.train),
     }
     figures["confidence"], calibrations = findings.confidence(store, manifests)
-    levels = funnel(manifests)
+    levels, gained = funnel(manifests), results.differences["final-base"]
     said, head = details(results, settings.evaluate.confidence), headline(results)
     # ROUGE-L keeps its capitals.
     said = f"{said[0].upper()}{said[1:]}."
@@ -62,12 +63,13 @@ def write(
         seeds=len(settings.evaluate.seeds),
         figures=figures,
         calibrations=calibrations,
-        gains=per_1000_queries(results.differences["final-base"], teacher_queries(manifests)),
+        gains=[(rate.name, rate.gains(gained)) for rate in rates(manifests, settings.budget) if rate.amount],
         levels=levels,
         refusals=list(refusals(store, manifests)),
         samples=findings.side_by_side(store, manifests, settings.seed),
         costs=costs(manifests),
         queries=teacher_queries(manifests),
+        accounts=accounts(manifests, settings.budget),
         online=online_teacher_tokens(manifests),
         budget=settings.budget,
         training={name: manifests[name].facts for name in ("warmup-train", "train") if name in manifests},
@@ -91,13 +93,18 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters.update(count=count, span=span, clip=clip, percent=percent, decimal=decimal)
+    found.filters.update(count=count, amount=amount, span=span, clip=clip, percent=percent, decimal=decimal)
     found.globals.update(METRICS=METRICS, NAMES=NAMES, SHOWN=SHOWN, SOURCES=SOURCES, FEW=FEW, outcome=outcome)
     return found
 
 
 def count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
+
+
+def amount(value: float | None) -> str:
+    """Of queries, tokens or money: parts of one only where they matter."""
+    return count(value) if value is None or float(value).is_integer() else f"{value:,.4f}"
 
 
 def decimal(value: float | None, digits: int = 2) -> str:

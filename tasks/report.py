@@ -16,16 +16,17 @@ import pyarrow as pa
 from infra.manifest import File, read_rows
 from infra.models import ModelRef
 from tasks import schemas
-from tasks.accounts import Manifests, per_1000_queries, teacher_queries
+from tasks.accounts import Manifests
 from tasks.card import card
 from tasks.config.base import Config
+from tasks.config.budget import Budget
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
 from tasks.config.run import RunConfig
-from tasks.config.signals import Budget
 from tasks.metrics import EVALUATION_COLUMNS, LOSS_COLUMNS, Results, as_table, measure
 from tasks.promote import Decision, Rival, decide
 from tasks.promoted import promote
 from tasks.stage import Stage, main
+from tasks.value import quality_for_cost
 from tasks.verdict import headline, verdict
 
 STEPS = 4
@@ -113,11 +114,10 @@ def run(stage: Stage[ReportSettings]) -> None:
     stage.progress(0, STEPS, "steps", now="metrics")
     results = results_of(stage, manifests)
     stage.write_table("metrics", as_table(results))
-    queries = teacher_queries(manifests)
     facts.update(
         metrics=results.metrics,
         differences=results.differences,
-        per_1000_queries=per_1000_queries(results.differences["final-base"], queries),
+        quality_for_cost=quality_for_cost(results.differences["final-base"], manifests, settings.budget),
         heldout=results.problems,
         headline=headline(results),
         verdict=verdict(results, settings.evaluate.confidence),

@@ -6,7 +6,7 @@ python -m tasks.sample --spec SPEC.json
 import hashlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -16,10 +16,14 @@ from pydantic import Field
 from infra.manifest import fingerprint, read_part
 from infra.models import ModelRef
 from tasks import schemas
+from tasks.asking import Asking, Shard
+from tasks.calls import Call
 from tasks.config.base import Config
 from tasks.config.signals import Distributions, SampledTokens, Sampling, TopTokens
-from tasks.connection import connected
-from tasks.engines import Call, engines, model_of, served_by
+from tasks.distributions import best_tokens, read_again
+from tasks.engines import engines, model_of, served_by
+from tasks.ledger import Caps
+from tasks.purse import Purse
 from tasks.quarantine import answered, close
 from tasks.stage import Stage, main
 
@@ -52,6 +56,12 @@ class SampleSettings(Config):
     """Keep the model's distributions at every response position."""
     template_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template."""
+    caps: Caps | None = None
+    """What the prompts of this table may be charged, with those of ``charged_by``; none: nothing is charged."""
+    charged_by: str | None = None
+    """Input manifest of an earlier stage that is charged to the same budget."""
+    prompt_tokens: int | None = None
+    """Longest prompt, tokens of the model; absent for an endpoint, whose tokenizer is not known."""
 
 
 def slices(
@@ -101,110 +111,89 @@ def sample_rows(answers: pa.Table, prompt_ids: list[str], model: ModelRef, setti
     return pa.table(columns, schema=schemas.SAMPLE)
 
 
-def best_tokens(rows: pa.Table, answers: pa.Table, settings: TopTokens, vocabulary: int) -> pa.Table:
-    """Answers' distributions as the engine returned them, in DISTRIBUTION's columns."""
-    import torch
-
-    from kernels.codec import encode_topk
-
-    columns, own = (answers["best_ids"].to_pylist(), answers["best_logprobs"].to_pylist()), settings.model_dump()
-    del own["type"]
-    blobs = [
-        encode_topk(
-            torch.tensor(ids).view(-1, settings.limit),
-            torch.tensor(logprobs).view(-1, settings.limit),
-            vocabulary,
-            **own,
-        )
-        for ids, logprobs in zip(*columns, strict=True)
-    ]
-    return pa.table({"sample_id": rows["sample_id"], "distributions": blobs}, schema=schemas.DISTRIBUTION)
-
-
-def read_again(stage: Stage[SampleSettings], model: ModelRef, settings: SampledTokens) -> None:
-    """Commit the distributions of all samples, read by the model in torch, shard by shard."""
-    import ray
-
-    from tasks.engines import release_engines
-    from tasks.reader import start_reader
-
-    runtime, done = stage.spec.runtime, stage.done("distributions")
-    parts = [part for part in stage.manifest.tables["samples"].parts if part.shard not in done]
-    if not parts:
-        return
-    gpu = bool(runtime.engines.get(stage.settings.engine, {}).get("gpu"))
-    with connected(runtime):
-        if gpu and runtime.namespace:
-            release_engines(runtime.namespace)
-        reader = start_reader(stage.spec.root, model, gpu)
-        for number, part in enumerate(parts, 1):
-            rows = read_part(stage.store, part, ["sample_id", "seed", "prompt_token_ids", "token_ids"])
-            columns = [rows[name].to_pylist() for name in ("prompt_token_ids", "token_ids", "seed")]
-            blobs = ray.get(reader.encode.remote(*columns, settings.model_dump()))
-            table = pa.table({"sample_id": rows["sample_id"], "distributions": blobs}, schema=schemas.DISTRIBUTION)
-            stage.commit("distributions", part.shard, table)
-            stage.progress(number, len(parts), "shards read again")
-        ray.kill(reader)
-
-
-def run(stage: Stage[SampleSettings]) -> None:
+def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse: Purse | None) -> None:
+    """Commit the answers to every prompt that has none yet."""
     settings, sampling = stage.settings, stage.settings.sampling
-    base = model_of(stage, "models", settings.engine)
-    model = model_of(stage, settings.weights, "student") if settings.weights else base
     top = settings.distributions if isinstance(settings.distributions, TopTokens) else None
-    done = stage.done("samples")
+    done = {shard: part.rows // sampling.samples for shard, part in stage.done("samples").items()}
+    if purse:
+        # Not every prompt has samples, but each has its charge.
+        done = {shard: part.rows for shard, part in stage.done("queries").items() if shard in done}
     total = stage.input("prompts").tables[settings.table].rows
     total = total if settings.limit is None else min(total, settings.limit)
-    prompts_done = sum(part.rows for part in done.values()) // sampling.samples
-    tokens, began = 0, time.monotonic()
+    left: Callable[[], dict[str, Any]] = purse.left if purse else dict
+    asked, tokens, began = sum(done.values()), 0, time.monotonic()
 
-    def calls() -> Iterator[tuple[tuple[int, list[str]], Call]]:
-        for shard, prompts in slices(stage, "prompts", settings.table, settings.shard_size, settings.limit):
-            if shard in done:
-                continue
-            prompt_ids = prompts["prompt_id"].to_pylist()
-            seeds = [
-                [sample_seed(settings.seed, settings.role, prompt, index) for index in range(sampling.samples)]
-                for prompt in prompt_ids
-            ]
-            arguments = (model.model_dump(), prompts["messages"].to_pylist(), seeds)
-            options: dict[str, Any] = {
-                **sampling.model_dump(exclude={"samples"}),
-                "logprobs": settings.logprobs,
-                "best_tokens": top.limit if top else 0,
-                "template_args": settings.template_args,
-            }
-            yield (shard, prompt_ids), Call("generate", arguments, options)
+    def shards() -> Iterator[Shard]:
+        for number, prompts in slices(stage, "prompts", settings.table, settings.shard_size, settings.limit):
+            if number not in done:
+                yield Shard(number, prompts.to_pylist())
 
-    stage.progress(prompts_done, total, "prompts")
-    if prompts_done < total:
-        server = served_by(stage.store, base, model)
+    def call(prompts: list[dict[str, Any]], spare: int) -> Call:
+        ids = [prompt["prompt_id"] for prompt in prompts]
+        indices = range(sampling.samples)
+        seeds = [[sample_seed(settings.seed, settings.role, name, index) for index in indices] for name in ids]
+        options: dict[str, Any] = {
+            **sampling.model_dump(exclude={"samples"}),
+            "logprobs": settings.logprobs,
+            "best_tokens": top.limit if top else 0,
+            "template_args": settings.template_args,
+            **({"spare": spare} if spare else {}),
+        }
+        return Call("generate", (model.model_dump(), [prompt["messages"] for prompt in prompts], seeds), options)
+
+    def commit(shard: Shard) -> None:
+        nonlocal asked, tokens
+        prompt_ids = [prompt["prompt_id"] for prompt in shard.prompts]
+        if purse:
+            purse.charge(shard.number, prompt_ids, shard.used, shard.reasons)
+        rows, distributions = schemas.SAMPLE.empty_table(), schemas.DISTRIBUTION.empty_table()
+        if shard.answers:
+            answers = answered(stage, shard.number, pa.concat_tables(shard.answers), prompt_ids)
+            rows = sample_rows(answers, prompt_ids, model, settings)
+            distributions = best_tokens(rows, answers, top, model.vocab_size) if top else distributions
+        if top:
+            stage.commit("distributions", shard.number, distributions)
+        stage.commit("samples", shard.number, rows)
+        asked += len(prompt_ids)
+        tokens += pc.sum(pc.list_value_length(rows["token_ids"])).as_py() or 0
+        rate = tokens / (time.monotonic() - began)
+        stage.progress(asked, total, "prompts", tokens=tokens, tokens_per_second=round(rate, 1), **left())
+
+    stage.progress(asked, total, "prompts", **left())
+    if asked < total:
+        asking, server = Asking(shards(), call, commit, purse), served_by(stage.store, base, model)
         with engines(stage) as access:
-            for (shard, prompt_ids), answers in access.pool(settings.engine, server).map(calls()):
-                answers = answered(stage, shard, answers, prompt_ids)
-                rows = sample_rows(answers, prompt_ids, model, settings)
-                if top:
-                    stage.commit("distributions", shard, best_tokens(rows, answers, top, model.vocab_size))
-                stage.commit("samples", shard, rows)
-                prompts_done += len(prompt_ids)
-                tokens += pc.sum(pc.list_value_length(rows["token_ids"])).as_py() or 0
-                rate = tokens / (time.monotonic() - began)
-                stage.progress(prompts_done, total, "prompts", tokens=tokens, tokens_per_second=round(rate, 1))
+            for wave, answers in access.pool(settings.engine, server).map(asking.calls(), asking.again):
+                asking.take(wave, answers)
     seconds = time.monotonic() - began
     stage.close_table("samples", schemas.SAMPLE)
     close(stage)
+    stage.facts.update(
+        engine_seconds=round(seconds, 3), tokens_per_second=round(tokens / seconds, 2) if tokens else None
+    )
+
+
+def run(stage: Stage[SampleSettings]) -> None:
+    settings = stage.settings
+    base = model_of(stage, "models", settings.engine)
+    model = model_of(stage, settings.weights, "student") if settings.weights else base
+    purse = Purse(stage, settings.caps) if settings.caps else None
+    if "endpoint" in stage.spec.runtime.engines.get(settings.engine, {}) and not purse:
+        raise ValueError("caps: an endpoint is asked within a budget only: set caps")
+    answer(stage, base, model, purse)
     if isinstance(settings.distributions, SampledTokens):
         read_again(stage, model, settings.distributions)
     if settings.distributions:
         stage.close_table("distributions", schemas.DISTRIBUTION)
     stage.facts.update(token_counts(stage, "samples"))
-    stage.facts.update(
-        queries=stage.manifest.tables["samples"].rows,
-        engine_seconds=round(seconds, 3),
-        tokens_per_second=round(tokens / seconds, 2) if tokens else None,
-        model=model.name,
-        revision=model.revision,
-    )
+    rows = stage.manifest.tables["samples"].rows
+    stage.facts.update(queries=rows, model=model.name, revision=model.revision)
+    if purse:
+        stage.close_table("queries", schemas.QUERY)
+        stage.facts.update(purse.facts(), queries=purse.ledger.charged.queries)
+        if not rows:
+            raise ValueError(f"budget: it covers not one prompt of {settings.table}; left are {purse.left()['left']}")
 
 
 def token_counts(stage: Stage[Any], table: str) -> dict[str, int]:

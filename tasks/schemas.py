@@ -51,6 +51,17 @@ SAMPLE = pa.schema(
     ]
 )
 
+# What the budget says to one prompt: asked and charged, or not asked, and why.
+QUERY = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("queries", pa.int32()),  # charged: one a sample
+        ("prompt_tokens", pa.int64()),  # charged, all its samples together
+        ("completion_tokens", pa.int64()),
+        ("reason", pa.string()),  # answered | no_answer | budget_exhausted
+    ]
+)
+
 # The sampling model's distributions at every position of a response, where they are asked for: kernels/codec.py.
 DISTRIBUTION = pa.schema([("sample_id", pa.string()), ("distributions", pa.binary())])
 

@@ -29,6 +29,7 @@ from infra.faults import fault_of
 from infra.files import open_file
 from infra.manifest import Manifest, Part
 from infra.store import Store, open_store
+from tasks.devices import devices
 
 MARK = "@switchyard "
 # Packages whose versions explain a difference between two results.
@@ -49,6 +50,9 @@ class Runtime(BaseModel):
     gpus_per_worker: int = 0
     threads: int = 0  # torch threads of a worker; 0: all cores
     release_engines: bool = False  # end the run's engines before training
+    spending: dict[str, Any] = Field(
+        default_factory=dict
+    )  # ``caps`` of the budget, and the ``factor`` spent may come to
 
 
 class StageSpec(BaseModel):
@@ -196,6 +200,7 @@ def main(settings_type: type[Settings], run: Callable[[Stage[Settings]], None]) 
             stage.log.info("already complete: %s", stage.store.location(spec.manifest_path))
         else:
             run(stage)
+            stage.facts["devices"] = devices(spec)
             manifests.commit_manifest(stage.store, stage.manifest)
     except manifests.DamagedError as error:
         forget_part(stage.store, error.path)

@@ -5,12 +5,13 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from tasks.config.base import Config
+from tasks.config.budget import Budget
 from tasks.config.evaluate import EvaluateConfig
 from tasks.config.methods import Sft
 from tasks.config.models import EngineConfig, Engines, Models, ModelSource
 from tasks.config.prompts import NearDuplicates, PromptsConfig, PromptSource, ReasoningGymSource, ReasoningGymTask
 from tasks.config.run import NAME, Resources, RunConfig, SamplingConfig
-from tasks.config.signals import Budget, Sampling
+from tasks.config.signals import Sampling
 from tasks.config.train import TrainConfig
 
 

@@ -1,8 +1,9 @@
 """Where models come from, and the engines that serve them."""
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.config.base import Config
 
@@ -57,6 +58,52 @@ class FreshModel(Config):
     """Seed of the initial weights."""
 
 
+class Service(Config):
+    """How an endpoint is asked. Nothing here changes what it answers."""
+
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    """Most requests a minute; no limit where absent."""
+    concurrency: int = Field(default=8, ge=1, le=1024)
+    """Requests under way at once."""
+    timeout_seconds: float = Field(default=120.0, gt=0)
+    """Longest wait for an answer."""
+    tries: int = Field(default=6, ge=1, le=20)
+    """How often a request is sent before its prompt stays without an answer; with exponential backoff and jitter, or as
+    long apart as the endpoint asks. Tries whose reply was lost count against ``budget.spending_factor``."""
+    template_tokens: int = Field(default=16, ge=0)
+    """Tokens the endpoint's chat template may add to a message: its tokenizer is not known here, and budgets are held
+    at the worst case."""
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """Name of the request's length limit: servers differ."""
+
+
+class OpenAIModel(Config):
+    """A model behind an OpenAI-compatible endpoint. It writes text and shows no distributions, so it fits the methods
+    ``sft`` and ``seqkd``; it is not asked but for annotations, within the budget."""
+
+    type: Literal["openai"] = "openai"
+    model: str = Field(min_length=1)
+    """The endpoint's name of the model."""
+    base_url: str = Field(pattern=r"^https?://[^\s@?#]+$")
+    """Address up to and without ``/chat/completions``, such as https://api.openai.com/v1."""
+    key_variable: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable that holds the key, here and on the cluster's nodes; absent: no key. The key itself is never
+    stored, passed on or logged."""
+    send_seed: bool = True
+    """Send each query's seed: endpoints that heed it write the same again."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of every request, as they are."""
+    service: Service = Service()
+    """How it is asked."""
+
+    @model_validator(mode="after")
+    def _no_key_in_the_clear(self) -> "OpenAIModel":
+        host = urlsplit(self.base_url).hostname
+        if self.key_variable and self.base_url.startswith("http://") and host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(f"base_url {self.base_url} would carry the key unencrypted: use https, or no key_variable")
+        return self
+
+
 ModelSource = Annotated[
     HuggingFaceModel | GgufModel | PrunedModel | FreshModel,
     Field(discriminator="type"),
@@ -75,12 +122,16 @@ StudentSource = Annotated[
     HuggingFaceModel | GgufModel | PrunedModel | FreshModel | PromotedModel,
     Field(discriminator="type"),
 ]
+TeacherSource = Annotated[
+    HuggingFaceModel | GgufModel | PrunedModel | FreshModel | OpenAIModel,
+    Field(discriminator="type"),
+]
 
 
 class Models(Config):
     """The three models of a run."""
 
-    teacher: ModelSource
+    teacher: TeacherSource
     """Expensive and imperfect: annotates, and intervenes during stage 2."""
     assistant: ModelSource
     """The teaching assistant (TA): scores what student and teacher wrote. May be the teacher."""

@@ -7,15 +7,25 @@ import yaml
 from pydantic import ConfigDict, Field, model_validator
 
 from tasks.config.base import Config
+from tasks.config.budget import Budget
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
 from tasks.config.methods import Sft
-from tasks.config.models import Engines, Models, PromotedModel
+from tasks.config.models import Engines, Models, OpenAIModel, PromotedModel
 from tasks.config.prompts import InboxSource, PromptsConfig
 from tasks.config.recurring import Recurring
-from tasks.config.signals import Budget, Distributions, Sampling, Signals
+from tasks.config.signals import Distributions, Sampling, Signals
 from tasks.config.train import TrainConfig
 
 NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
+
+# Settings that change no result, only how it is come by: neither runs nor results are named by them.
+OPERATIONAL: Any = {
+    "resources": True,
+    "engines": True,
+    "device": True,
+    "budget": {"spending_factor": True, "approve_above": True},
+    "models": {"teacher": {"service": True, "key_variable": True}},
+}
 
 
 class SamplingConfig(Config):
@@ -84,9 +94,24 @@ class RunConfig(Config):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where models run; ``auto``: GPUs if this machine, or the cluster, has them."""
 
+    @property
+    def text_only(self) -> bool:
+        """Whether the teacher writes text and shows no distributions."""
+        return isinstance(self.models.teacher, OpenAIModel)
+
+    @property
+    def warmup_prompts(self) -> int:
+        """Prompts that the teacher annotates for the warm-up. Each of its samples is a query."""
+        return self.budget.warmup_queries // self.sampling.teacher.samples
+
+    @property
+    def selected_prompts(self) -> int:
+        """Prompts that the teacher annotates once the signals have chosen them."""
+        return self.budget.queries // self.sampling.teacher.samples - self.warmup_prompts
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
-        if not 1 <= self.budget.warmup_queries < self.budget.queries:
+        if min(self.warmup_prompts, self.selected_prompts) < 1:
             raise ValueError(
                 f"budget.warmup_share {self.budget.warmup_share} of {self.budget.queries} queries leaves a stage none:"
                 " raise budget.queries"
@@ -102,14 +127,15 @@ class RunConfig(Config):
             raise ValueError("signals.keep.calibrate needs known answers, and prompts.verifier is none: remove one")
         if self.signals.keep.calibrate and not self.train.validation_share:
             raise ValueError("signals.keep.calibrate needs validation prompts: raise train.validation_share above 0")
-        rest = self.budget.queries - self.budget.warmup_queries
+        rest = self.selected_prompts
         if self.signals.candidates is not None and self.signals.candidates < rest:
             raise ValueError(
                 f"signals.candidates {self.signals.candidates} are fewer than the {rest} queries after the warm-up:"
                 " raise it, or lower budget.queries"
             )
         self._recurs()
-        for role, sampling in (("teacher", self.sampling.teacher), ("student", self.sampling.student)):
+        served = (("student", self.sampling.student), ("teacher", self.sampling.teacher))
+        for role, sampling in served[: 1 if self.text_only else 2]:
             engine: Any = getattr(self.engines, role)
             if self.prompts.max_prompt_tokens + sampling.max_tokens > engine.max_model_len:
                 raise ValueError(

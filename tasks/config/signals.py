@@ -1,4 +1,4 @@
-"""Sampling, the signals that steer teacher queries, and the budget. Constants by Zhou & Ai (2024) where stated there,
+"""Sampling, and the signals that steer teacher queries. Constants by Zhou & Ai (2024) where stated there,
 by our own choice otherwise: the paper's body leaves shares and thresholds open."""
 
 from typing import Annotated, Literal
@@ -47,22 +47,6 @@ class SampledTokens(Config):
 
 # What annotation keeps of the teacher's distributions, compressed, at temperature 1 whatever the sampling temperature.
 Distributions = Annotated[TopTokens | SampledTokens, Field(discriminator="type")]
-
-
-class Budget(Config):
-    """What may be asked of the teacher."""
-
-    queries: int = Field(ge=2)
-    """Annotation queries in all; each is charged once, kept or not."""
-    warmup_share: float = Field(default=0.2, gt=0, lt=1)
-    """Share spent on random prompts before the signals exist."""
-    online_teacher_tokens: int | None = Field(default=None, ge=1)
-    """Cap on positions the teacher is asked about during on-policy training; none where absent."""
-
-    @property
-    def warmup_queries(self) -> int:
-        """Queries of stage 1."""
-        return int(self.queries * self.warmup_share)
 
 
 P_TRUE = """Question: {question}

@@ -60,6 +60,12 @@ def test_overrides_are_yaml_by_path(tmp_path: Path) -> None:
         ({"train.method": {"type": "distillm"}, "train.validate_every": 3}, "train", "lower it"),
         ({"budget.queries": 2, "budget.warmup_share": 0.1}, "config", "budget.queries"),
         ({"budget.queries": 500}, "config", "signals.candidates 20"),
+        ({"budget": {"queries": 24, "money": 3}}, "budget", "set price"),
+        (
+            {"models.teacher": {"type": "openai", "model": "m", "base_url": "http://host/v1", "key_variable": "K"}},
+            "models.teacher",
+            "use https",
+        ),
         ({"signals.keep.calibrate": {}, "prompts.verifier": "none"}, "config", "prompts.verifier is none"),
         ({"signals.keep.calibrate": {}, "train.validation_share": 0.0}, "config", "raise train.validation_share"),
         ({"sampling.teacher.max_tokens": 4000}, "config", "max_model_len"),

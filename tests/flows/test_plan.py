@@ -64,6 +64,10 @@ def test_a_changed_setting_redoes_exactly_what_it_touches(planned: Callable[...,
     }
     assert changes(lambda data: data.update(resources={"train_workers": 2})) == set()
     assert changes(lambda data: data["engines"]["teacher"].update(max_num_seqs=8)) == set()
+    # What may be spent on retries, and a price that caps nothing, change no result but the report's.
+    assert changes(lambda data: data["budget"].update(price={"input": 1, "output": 1}, spending_factor=3)) == {"report"}
+    after = {"warmup-annotate", "warmup-keep", "warmup-train", "student-sample", "select", "annotate", "keep", "train"}
+    assert changes(lambda data: data["budget"].update(tokens=9000)) == after | {"evaluate-after", "report"}
 
 
 def test_calibrated_keeping_depends_on_which_prompts_are_validation(planned: Callable[..., Plan]) -> None:
@@ -93,6 +97,14 @@ def test_calibrated_keeping_depends_on_which_prompts_are_validation(planned: Cal
         (lambda d: d["prompts"]["sources"][0]["tasks"][0].update(name="no_such_task"), "no_such_task"),
         (lambda d: d["prompts"].update(verifier="no_module:check"), "prompts.verifier"),
         (lambda d: d.update(budget={"queries": 500}, signals={}), "budget.queries: 500"),
+        (
+            lambda d: d["budget"].update(tokens=300),
+            "budget.tokens: 50% of 300 do not cover one prompt, which may take 204",
+        ),
+        (
+            lambda d: d["budget"].update(money=0.01, price={"input": 0.1, "output": 0.1}),
+            "budget.money: 50% of 0.01 do not cover one prompt",
+        ),
         (lambda d: d["train"].update(max_length=100), "train.max_length: 100"),
         (lambda d: d["evaluate"].update(max_tokens=100), "evaluate.max_tokens: 100"),
         (lambda d: d.update(resources={"train_workers": 999}), "resources.train_workers: 999"),

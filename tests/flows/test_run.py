@@ -182,6 +182,8 @@ def test_runs_are_compared_and_signals_weighed(finished: Finished, tmp_path: Pat
     assert rows[0]["loss"] == finished.result["metrics"]["final"]["loss"]
     gain = rows[0]["loss"] - finished.result["metrics"]["base"]["loss"]
     assert rows[0]["loss_per_1000_queries"] == pytest.approx(gain * 1000 / 24, rel=0.01)
+    assert rows[0]["loss_per_money"] == pytest.approx(gain / rows[0]["money"], rel=0.01)
+    assert rows[0]["loss_per_device_hour"] == pytest.approx(gain / rows[0]["device_hours"], rel=0.05)
     assert "runs side by side" in page.read_text()
 
     weigh = [*COMMAND, "signals", "tiny", *options]
@@ -197,6 +199,17 @@ def test_show_tells_the_run(finished: Finished) -> None:
     shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert json.loads(shown.stdout.splitlines()[-1])["run"] == finished.result["run"]
     assert "queries" in shown.stderr
+    assert "teacher budget" in shown.stderr
+
+
+def test_every_query_is_charged_once(finished: Finished) -> None:
+    (manifest,) = finished.root.glob("stages/annotate/*/manifest.json")
+    facts = json.loads(manifest.read_text())["facts"]
+    assert facts["charged"]["queries"] == facts["spent"]["queries"] == 12
+    assert facts["charged_in_all"]["queries"] == 24
+    assert facts["charged"]["prompt_tokens"] == facts["prompt_tokens"]
+    assert facts["charged"]["completion_tokens"] == facts["completion_tokens"]
+    assert set(ids(finished.root, "annotate", "queries", "reason")) == {"answered"}
 
 
 @pytest.mark.timeout(3 * SECONDS)

@@ -63,7 +63,7 @@ def settings(folder: Path) -> dict[str, Any]:
             "max_prompt_tokens": 192,
             "near_duplicates": {"enabled": False},
         },
-        "budget": {"queries": 24, "warmup_share": 0.5},
+        "budget": {"queries": 24, "warmup_share": 0.5, "price": {"input": 0.5, "output": 1.5}},
         "sampling": {
             "teacher": {"max_tokens": 12},
             "student": {"temperature": 0.7, "max_tokens": 12, "samples": 3},

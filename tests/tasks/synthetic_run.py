@@ -24,7 +24,12 @@ CONFIG = {
         "sources": [{"type": "reasoning_gym", "tasks": [{"name": "chain_sum", "size": 3000}]}],
         "system": "Answer with a number.",
     },
-    "budget": {"queries": 400, "online_teacher_tokens": 60000},
+    "budget": {
+        "queries": 400,
+        "tokens": 50_000,
+        "price": {"input": 0.1, "output": 0.5},
+        "online_teacher_tokens": 60000,
+    },
     "evaluate": {"seeds": [1, 2, 3], "bootstrap": 300},
 }
 HOSTILE = '</div><script>alert("x")</script><img src="https://evil.example/x.png" onerror=alert(1)>'
@@ -45,6 +50,7 @@ class SyntheticRun:
         self.root, self.random = root, np.random.default_rng(seed)
         self.config = RunConfig.model_validate({**CONFIG, **(config or {})})
         self.paths: dict[str, str] = {}
+        self.charged: dict[str, int] = {}
 
     def stage(self, name: str, tables: dict[str, tuple[pa.Schema, list[dict]]], **facts) -> Stage:
         """A complete stage with these rows. ``facts`` may hold ``files``: {name: folder}."""
@@ -142,7 +148,11 @@ class SyntheticRun:
                     {**shared, "row_id": f"r{number}", "prompt_token_ids": [1], "token_ids": [2], "weight": 1.0}
                 )
         tokens = {"prompt_tokens": 60 * queries, "completion_tokens": 48 * queries, "tokens_per_second": 310.5}
-        self.stage(f"{prefix}annotate", {"samples": (schemas.SAMPLE, [])}, queries=queries, **tokens)
+        own = {"queries": queries, "prompt_tokens": 60 * queries, "completion_tokens": 48 * queries}
+        self.charged = {name: own[name] + self.charged.get(name, 0) for name in own}
+        spent = {**self.charged, "queries": self.charged["queries"] + 30}
+        facts = {"charged": own, "charged_in_all": self.charged, "spent": own, "spent_in_all": spent}
+        self.stage(f"{prefix}annotate", {"samples": (schemas.SAMPLE, [])}, queries=queries, **tokens, **facts)
         tables = {"scores": (schemas.SCORE, scores), "kept": (schemas.KEPT, kept), "charged": (schemas.CHARGED, [])}
         facts = {"calibration": {"known": queries // 5, "used": True}} if calibrated else {}
         self.stage(f"{prefix}keep", tables, threshold=0.4, kept=len(kept), scored=queries, **facts)

@@ -215,7 +215,8 @@ def test_parts_of_a_call_join_to_its_result() -> None:
     assert joined([(0, ([0.5], [3])), (1, ([0.25, 0.75], [4, 5]))]) == ([0.5, 0.25, 0.75], [3, 4, 5])
     deadly, tries = {"b", "e"}, []
 
-    def ask(own: Call) -> Any:
+    def ask(start: int, end: int) -> Any:
+        own = part(call, start, end)
         tries.append("".join(own.arguments[1]))
         if deadly & set(own.arguments[1]):
             raise EngineLost("dead")
@@ -226,3 +227,4 @@ def test_parts_of_a_call_join_to_its_result() -> None:
     assert [value for value in means if not isnan(value)] == [97, 99, 100]
     assert reasons == ["dead", "dead"]
     assert tries.count("b") == tries.count("e") == 2
+    assert "abcde" not in tries, "that the whole is not survived is known"

@@ -140,7 +140,17 @@ def test_facts(whole):
     assert facts["metrics"]["final"]["accuracy"] == pytest.approx(sum(final) / len(final))
     assert facts["verdict"].startswith("The student learned: response loss fell by 0.")
     gain = facts["differences"]["final-base"]["accuracy"]
-    assert facts["per_1000_queries"]["accuracy"] == pytest.approx(gain / 400 * 1000)
+    value = facts["quality_for_cost"]
+    tokens, paid = 400 * (60 + 48) + 160 * 120, 400 * (60 * 0.1 + 48 * 0.5) / 1000
+    for key, took, size in (
+        ("per_1000_queries", 400, 1000),
+        ("per_million_teacher_tokens", tokens, 1e6),
+        ("per_money", paid, 1),
+    ):
+        assert value[key]["took"] == pytest.approx(took)
+        assert value[key]["accuracy"] == pytest.approx(gain / took * size)
+        assert value[key]["accuracy_ci"][0] <= value[key]["accuracy"] <= value[key]["accuracy_ci"][1]
+    assert value["per_device_hour"]["took"] > 0
     table = read_rows(stage.store, manifest, "metrics")
     assert table.schema == METRIC
     assert table.num_rows == (1 + 3) * (len(LABELS) + len(DIFFERENCES)) * len(METRICS)
@@ -164,6 +174,17 @@ def test_funnel_counts_every_row(whole):
     costs = {cost.name: cost for cost in accounts.costs({name: stage.input(name) for name in stage.spec.inputs})}
     assert costs["annotate"].teacher_queries == 320
     assert costs["train"].teacher_tokens == 160 * 120
+
+
+def test_the_budget_is_told_by_unit(whole):
+    _, stage, *_, found = whole
+    manifests = {name: stage.input(name) for name in stage.spec.inputs}
+    queries, tokens, money = accounts.accounts(manifests, stage.settings.budget)
+    assert (queries.charged, queries.cap, queries.left, queries.spent, queries.spending_cap) == (400, 400, 0, 430, 800)
+    assert (tokens.charged, tokens.left) == (400 * 108, 50_000 - 400 * 108)
+    assert (money.unit, money.charged, money.cap) == ("USD", pytest.approx(12), None)
+    for text in ("50,000", "6,800", "Final − base per USD", "Final − base per device-hour"):
+        assert text in found.text
 
 
 def test_files_and_student(whole):
@@ -247,6 +268,22 @@ def test_empty_tables(tmp_path):
     assert manifest.facts["promoted"] is False
     assert "not known" in manifest.facts["verdict"]
     assert stage.store.exists(f"{manifest.facts['student']}/README.md")
+
+
+def test_a_teacher_that_is_not_evaluated_leaves_its_row_empty(tmp_path):
+    """As an endpoint's is not: it is asked for annotations only."""
+    run = SyntheticRun(tmp_path, {"evaluate": {"seeds": [1], "bootstrap": 100}})
+    run.models()
+    run.prompts(30)
+    run.annotations("warmup", 40)
+    run.student("train", steps=5)
+    run.evaluation("evaluate-before", ["base"], 30)
+    run.evaluation("evaluate-after", ["warmup", "final"], 30)
+    stage, manifest = run.report()
+    assert manifest.facts["metrics"]["teacher"]["accuracy"] is None
+    assert manifest.facts["differences"]["final-base"]["accuracy"] is not None
+    assert manifest.facts["quality_for_cost"]["per_1000_queries"]["took"] == 40
+    assert "Before and after" in Page(stage.store.read(manifest.facts["report"]).decode()).headings
 
 
 def test_runs_alone_from_a_shell(whole, tmp_path):
