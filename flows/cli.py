@@ -58,7 +58,10 @@ def prefect_server(root: str) -> Iterator[Any]:
         return
     home = Path(root) / ".prefect" if "://" not in root else Path.home() / ".switchyard" / "prefect"
     server = EmbeddedServer(home)
-    server.start()
+    try:
+        server.start()
+    except OSError as error:
+        raise UserError([f"--root: {root!r} cannot be written ({error.strerror}): choose another folder"]) from None
     try:
         yield server.wait
     finally:
@@ -208,6 +211,8 @@ def plan(
 
         found = plan_run(settings, root)
         console.print(plan_table(found))
+        for name, passed in found.checks.items():
+            console.print(f"{'[green]✓[/]' if passed else '[red]✗[/]'} {name}", highlight=False)
         facts = found.facts()
         if deep and not found.problems and not found.nothing:
             ready()

@@ -5,16 +5,48 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from infra.manifest import Manifest
 
-# What of a progress event is worth a glance, in this order.
-FACTS = ("now", "loss", "tokens_per_second", "intervention_rate", "left")
+# What of a progress event is worth a glance, in this order, and what it is called in a narrow line.
+FACTS = {
+    "now": "now",
+    "loss": "loss",
+    "loss_on_policy": "on",
+    "loss_off_policy": "off",
+    "validation_loss": "validation",
+    "tokens_per_second": "tokens/s",
+    "intervention_rate": "intervened",
+    "response_length": "length",
+    "eos_rate": "ended",
+    "left": "left",
+}
 
 
 def shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+class RateColumn(ProgressColumn):
+    """What is done a second, or the seconds that one takes."""
+
+    def render(self, task: Task) -> Text:
+        if not task.speed:
+            return Text("")
+        unit = task.fields["unit"]
+        return Text(f"{task.speed:.3g} {unit}/s" if task.speed >= 1 else f"{1 / task.speed:.3g} s/{unit.rstrip('s')}")
 
 
 class Display:
@@ -40,6 +72,7 @@ class TerminalDisplay(Display):
             TextColumn("[bold]{task.description:<16}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]}"),
+            RateColumn(),
             TextColumn("[cyan]{task.fields[facts]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -50,18 +83,18 @@ class TerminalDisplay(Display):
         self._task: TaskID | None = None
 
     def started(self, stage: str) -> None:
-        self._task = self.live.add_task(stage, total=None, count="starting", facts="")
+        self._task = self.live.add_task(stage, total=None, count="starting", unit="", facts="")
 
     def progress(self, stage: str, event: dict[str, Any]) -> None:
         if self._task is not None:
             known = {name: event[name] for name in FACTS if event.get(name) is not None}
-            facts = "  ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in known.items())
             self.live.update(
                 self._task,
                 total=event["total"],
                 completed=event["done"],
                 count=f"{event['done']:g}/{event['total']:g} {event['unit']}",
-                facts=facts.replace("tokens per second", "tokens/s"),
+                unit=event["unit"],
+                facts="  ".join(f"{FACTS[name]} {shown(value)}" for name, value in known.items()),
             )
 
     def finished(self, stage: str, manifest: Manifest, *, reused: bool, seconds: float) -> None:

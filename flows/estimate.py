@@ -13,7 +13,7 @@ from tasks.config import RunConfig
 from tasks.config.models import FreshModel, ModelSource, OpenAIModel, PrunedModel
 from tasks.config.prompts import ReasoningGymSource
 from tasks.config.train import TrainConfig
-from tasks.models import parameters_on_disk
+from tasks.models import ROLES, parameters_on_disk
 
 GIB = 1 << 30
 DECODE_FLOPS_PER_CORE = 20e9
@@ -22,12 +22,12 @@ DECODE_FLOPS_PER_GPU = 20e12
 TRAIN_FLOPS_PER_GPU = 100e12
 # An endpoint's time to write an answer.
 ANSWER_SECONDS = 3.0
-START_SECONDS = {"cpu": 20.0, "gpu": 60.0}
+START_SECONDS = {"cpu": 30.0, "gpu": 60.0}
 # Prompts and responses are seldom as long as they may be.
 FILL = 0.4
 # Interpreter, torch and vLLM of one engine or worker beside its weights.
 PROCESS_GIB = 1.0
-SERVICES_GIB = 1.5
+SERVICES_GIB = 2.5
 
 
 @dataclass
@@ -134,11 +134,13 @@ def estimate(config: RunConfig) -> Estimate:
         most = float(price.of(read, answered))
         result.teacher_money = f"{min(most, config.budget.money or most):,.4g} {price.currency}"
     width = 2 if gpu else 4
+    # Roles with the same model and settings share their engines.
     serving = {
-        repr(getattr(config.models, role)): parameters(getattr(config.models, role))
-        for role in ("teacher", "assistant", "student")
+        repr((source, engine)): (parameters(source) * width / GIB + PROCESS_GIB + engine.kv_cache_gib) * engine.replicas
+        for source, engine in ((getattr(config.models, role), getattr(config.engines, role)) for role in ROLES)
+        if not isinstance(source, OpenAIModel)
     }
-    engines = sum(size * width / GIB + PROCESS_GIB + config.engines.teacher.kv_cache_gib for size in serving.values())
+    engines = sum(serving.values())
     beside = teacher if config.train.method.asks_teacher else 0
     training = (16 * student + width * beside) / GIB + 2 * PROCESS_GIB
     result.memory_gib = SERVICES_GIB + (

@@ -6,7 +6,7 @@ from typing import Any
 from flows.cycle import NothingToDo, look
 from flows.distill import story
 from flows.estimate import Estimate, estimate
-from flows.preflight import preflight, readable, sources_readable
+from flows.preflight import Checks, preflight, readable, sources_readable
 from flows.record import load_record, rival_of, run_id
 from flows.story import Planner
 from infra.manifest import load_manifest
@@ -34,6 +34,7 @@ class Plan:
     run: str
     root: str
     stages: list[PlannedStage] = field(default_factory=list)
+    checks: dict[str, bool] = field(default_factory=dict)  # by name, whether nothing was found
     problems: list[str] = field(default_factory=list)
     teacher_queries: int = 0
     nothing: str = ""  # why a recurring run would end at once
@@ -64,6 +65,12 @@ class Plan:
             f"disk about {self.disk_gib:.1f} GiB"
         )
 
+    def take(self, found: Checks) -> bool:
+        """Note down what checks found; whether anything stands in the way."""
+        self.checks |= {name: not problems for name, problems in found.items()}
+        self.problems += [problem for problems in found.values() for problem in problems]
+        return bool(self.problems)
+
     def facts(self) -> dict[str, Any]:
         return {**asdict(self), "seconds": self.seconds}
 
@@ -71,8 +78,7 @@ class Plan:
 def plan_run(config: RunConfig, root: str) -> Plan:
     """The plan, with every problem that can be known before anything starts."""
     plan = Plan(run=run_id(config), root=root)
-    plan.problems = readable(config, root)
-    if plan.problems:
+    if plan.take(readable(config, root)):
         # Without models, sources and store there is nothing to look at further.
         return plan
     store = open_store(root)
@@ -85,10 +91,8 @@ def plan_run(config: RunConfig, root: str) -> Plan:
         plan.problems = [one_line(error)]
         return plan
     config, plan.run = start.config, start.run
-    if start.cycle and not start.cycle.prompts:
-        plan.problems = sources_readable(config)
-        if plan.problems:
-            return plan
+    if start.cycle and not start.cycle.prompts and plan.take({"prompts can be read": sources_readable(config)}):
+        return plan
     known = load_record(store, start.run)
     planner = Planner(config, root, start.run, known.redo if known else {})
     story(planner, {**start.found, "promoted": rival_of(store, config, known)})
@@ -113,5 +117,5 @@ def plan_run(config: RunConfig, root: str) -> Plan:
     plan.teacher_money = needs.teacher_money
     plan.memory_gib, plan.disk_gib = needs.memory_gib, needs.disk_gib
     if not all(stage.done for stage in plan.stages):
-        plan.problems = preflight(config, root, needs)
+        plan.take(preflight(config, root, needs))
     return plan

@@ -1,4 +1,7 @@
-"""Everything that can be known to go wrong before anything expensive starts. One line a problem: field, value, fix."""
+"""Everything that can be known to go wrong before anything expensive starts. One line a problem: field, value, fix.
+
+Checks have names, so that a plan can say what was looked at, not only what was found.
+"""
 
 import os
 import shutil
@@ -13,18 +16,24 @@ import psutil
 from pydantic import ValidationError
 
 from flows.estimate import GIB, Estimate
+from flows.model_checks import cache, distributions, templates, text_only, whole
 from flows.reach import reach
 from flows.story import on_gpu
 from infra.files import list_files
 from infra.store import open_store
 from tasks.config import RunConfig
 from tasks.config.evaluation import Evaluation
-from tasks.config.models import GgufModel, HuggingFaceModel, OpenAIModel, PromotedModel, PrunedModel, StudentSource
+from tasks.config.models import OpenAIModel
 from tasks.config.prompts import InboxSource, ReasoningGymSource
 from tasks.ledger import Amount, caps_of
 from tasks.models import ROLES, identity
 from tasks.sources import check as check_source
 from tasks.verify import check_verifier
+
+# A file's rows are estimated by the length of its first ones.
+ESTIMATE_MARGIN = 1.5
+# Problems by name of the check; none where it passed.
+Checks = dict[str, list[str]]
 
 
 def problem(where: str, check: Callable[[], Any]) -> list[str]:
@@ -36,17 +45,22 @@ def problem(where: str, check: Callable[[], Any]) -> list[str]:
     return []
 
 
-def readable(config: RunConfig, root: str) -> list[str]:
+def readable(config: RunConfig, root: str) -> Checks:
     """Store, models and sources are there."""
-    found = problem("--root", partial(writable, root))
-    for role in ROLES:
-        found += problem(f"models.{role}", partial(identity, getattr(config.models, role)))
-    if isinstance(config.models.teacher, OpenAIModel):
-        found += problem("models.teacher", partial(reach, config.models.teacher))
-    found += sources_readable(config)
-    if config.prompts.verifier != "auto":
-        found += problem("prompts.verifier", partial(check_verifier, config.prompts.verifier))
-    return list(dict.fromkeys(found))
+    models = config.models
+    found = [
+        line for role in ROLES for line in problem(f"models.{role}", partial(identity, getattr(models, role)))
+    ] or [line for role in ROLES for line in problem(f"models.{role}", partial(whole, getattr(models, role)))]
+    if isinstance(models.teacher, OpenAIModel):
+        found += problem("models.teacher", partial(reach, models.teacher))
+    own = config.prompts.verifier
+    verifier = problem("prompts.verifier", partial(check_verifier, own)) if own != "auto" else []
+    return {
+        "store can be written": problem("--root", partial(writable, root)),
+        "models can be read": list(dict.fromkeys(found)),
+        "prompts can be read": sources_readable(config),
+        "verifier is there": verifier,
+    }
 
 
 def sources_readable(config: RunConfig) -> list[str]:
@@ -88,31 +102,41 @@ def writable(root: str) -> None:
         raise ValueError(f"{root} cannot be written: {error.strerror}; choose another folder") from None
 
 
-def preflight(config: RunConfig, root: str, needs: Estimate) -> list[str]:
+def preflight(config: RunConfig, root: str, needs: Estimate) -> Checks:
     """Combinations, capacities and the models' own limits."""
-    return [
-        *places(config, root),
-        *enough(config),
-        *affordable(config),
-        *capacity(config, root, needs),
-        *lengths(config),
-        *(text_only(config) if config.text_only else distributions(config)),
-    ]
+    return {
+        "store can be seen by the cluster": places(config, root),
+        "prompts cover the budget": enough(config),
+        "budget covers a prompt": affordable(config),
+        "disk, memory and cores": capacity(config, root, needs),
+        "lengths": lengths(config),
+        "chat templates": templates(config),
+        "key-value caches": cache(config),
+        "tokenizers and widths": text_only(config) if config.text_only else distributions(config),
+    }
 
 
 def enough(config: RunConfig) -> list[str]:
-    """Generated problems are as many as the settings say; files are counted by the prompts stage."""
-    sources = config.prompts.sources
-    generated = [task.size for source in sources if isinstance(source, ReasoningGymSource) for task in source.tasks]
+    """Prompts are as many as queries, as far as that is known before they are read: a long file is estimated, and only
+    the prompts stage knows what is usable of it."""
+    if config.recurring:
+        return []
+    learn = [
+        sum(task.size for task in source.tasks) if isinstance(source, ReasoningGymSource) else check_source(source)
+        for source in config.prompts.sources
+    ]
+    if None in learn:
+        return []
+    generated = all(isinstance(source, ReasoningGymSource) for source in config.prompts.sources)
     aside = 0 if config.prompts.heldout_sources else config.prompts.heldout
-    if config.recurring is None and all(isinstance(source, ReasoningGymSource) for source in sources):
-        left = sum(generated) - aside
-        needed = config.warmup_prompts + config.selected_prompts
-        if needed > left:
-            return [
-                f"budget.queries: {config.budget.queries} queries need {needed} prompts, prompts.sources give {left} "
-                "beside the held-out ones: lower it, or raise the sizes"
-            ]
+    left = sum(count or 0 for count in learn) - aside
+    needed = config.warmup_prompts + config.selected_prompts
+    if left * (1 if generated else ESTIMATE_MARGIN) < needed:
+        return [
+            f"budget.queries: {config.budget.queries} queries need {needed} prompts, prompts.sources give "
+            f"{'' if generated else 'about '}{max(0, left)} beside the held-out ones: lower it, or "
+            f"{'raise the sizes' if generated else 'add data'}"
+        ]
     return []
 
 
@@ -186,76 +210,3 @@ def lengths(config: RunConfig) -> list[str]:
             f"engines.student.max_model_len {config.engines.student.max_model_len}: raise the latter"
         )
     return found
-
-
-def origin(source: StudentSource) -> HuggingFaceModel | GgufModel:
-    """Where a model's tokenizer and vocabulary come from."""
-    if isinstance(source, PromotedModel):
-        return origin(source.first)
-    if isinstance(source, HuggingFaceModel | GgufModel):
-        return source
-    return source.of if isinstance(source, PrunedModel) else source.tokenizer_of
-
-
-def text_only(config: RunConfig) -> list[str]:
-    """What an endpoint cannot do: it shows no distributions, and is asked for annotations only."""
-    found = [
-        f"{name}.method: {settings.method.type} compares distributions, which models.teacher (openai) does not show: "
-        "use sft or seqkd, or a teacher that runs here"
-        for name, settings in (("warmup", config.warmup), ("train", config.train))
-        if settings.method.compares
-    ]
-    if config.sampling.distributions:
-        found.append("sampling.distributions: models.teacher (openai) shows none: leave it out")
-    if config.evaluate.reference == "teacher":
-        found.append("evaluate.reference: teacher would ask models.teacher (openai) outside the budget: set source")
-    return found
-
-
-def distributions(config: RunConfig) -> list[str]:
-    """For methods that compare distributions: one token map, one width of logits, one end of sequence."""
-    assert not isinstance(config.models.teacher, OpenAIModel)
-    teacher, student = origin(config.models.teacher), origin(config.models.student)
-    comparing = [settings.method.type for settings in (config.warmup, config.train) if settings.method.compares]
-    if not comparing or teacher == student:
-        return []
-    ours, theirs = vocabulary(student), vocabulary(teacher)
-    found = []
-    method = comparing[-1]
-    if ours["tokens"] != theirs["tokens"]:
-        found.append(
-            f"models.student: its tokenizer differs from the teacher's, and train.method {method} compares "
-            "distributions: take a student of the teacher's family, or train.method sft"
-        )
-    elif ours["width"] != theirs["width"]:
-        found.append(
-            f"models.student: its logits are {ours['width']} wide, the teacher's {theirs['width']} (padded): "
-            "resize one model's embeddings to the other's, or use train.method sft"
-        )
-    elif ours["end"] != theirs["end"]:
-        found.append(
-            f"models.student: it ends with token {ours['end']}, the teacher with {theirs['end']}: set eos_token_id in "
-            "its generation_config.json"
-        )
-    return found
-
-
-def vocabulary(source: HuggingFaceModel | GgufModel) -> dict[str, Any]:
-    """Token map, width of the logits, and end-of-sequence ids, without loading weights."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    from tasks.models import gguf_path
-
-    if isinstance(source, GgufModel):
-        path = gguf_path(source)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        end = config.eos_token_id
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(source.id, revision=source.revision)
-        config = AutoConfig.from_pretrained(source.id, revision=source.revision).get_text_config()
-        try:
-            end = GenerationConfig.from_pretrained(source.id, revision=source.revision).eos_token_id
-        except OSError:
-            end = config.eos_token_id
-    return {"tokens": tokenizer.get_vocab(), "width": config.vocab_size, "end": end}

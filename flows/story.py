@@ -10,6 +10,7 @@ from typing import Any
 from infra.store import Store, open_store
 from tasks.config import RunConfig
 from tasks.config.models import OpenAIModel
+from tasks.config.run import OPERATIONAL
 from tasks.config.signals import TopTokens
 from tasks.ledger import caps_of
 from tasks.stage import Runtime, StageSpec
@@ -79,7 +80,9 @@ def runtime(config: RunConfig, run: str) -> Runtime:
             plain = source.model_dump(mode="json", exclude={"type", "service"})
             return {"endpoint": {**plain, **source.service.model_dump(mode="json")}}
         own = getattr(config.engines, role).model_dump(mode="json")
-        most = {"max_logprobs": kept.limit} if isinstance(kept, TopTokens) and role == "teacher" else {}
+        # A TA that is the teacher is served by its engines: their settings have to be equal.
+        teaches = getattr(config.models, role) == config.models.teacher
+        most = {"max_logprobs": kept.limit} if isinstance(kept, TopTokens) and teaches else {}
         return {**own, **most, "gpu": gpu, "seed": config.seed}
 
     return Runtime(
@@ -89,6 +92,7 @@ def runtime(config: RunConfig, run: str) -> Runtime:
         workers=config.resources.train_workers,
         gpus_per_worker=config.resources.gpus_per_worker if gpu else 0,
         release_engines=config.resources.release_engines,
+        operational=config.model_dump(mode="json", include=OPERATIONAL),
         spending={
             "caps": {
                 **caps_of(config.budget).model_dump(mode="json"),

@@ -111,7 +111,8 @@ class Endpoint:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.spec = EndpointSpec.model_validate(spec)
-        self.tokenizer = load_tokenizer(local_folder(open_store(self.spec.root), self.spec.tokenizer, weights=False))
+        folder = local_folder(open_store(self.spec.root), self.spec.tokenizer, weights=False)
+        self.tokenizer = load_tokenizer(folder, self.spec.tokenizer.chat_template)
         self.pace = Pace(self.spec.requests_per_minute)
         self.life = uuid.uuid4().hex
 

@@ -111,6 +111,8 @@ class Engine:
             **self.spec.vllm,
         )
         self.tokenizer = self.llm.get_tokenizer()
+        if self.spec.model.chat_template is not None:
+            self.tokenizer.chat_template = self.spec.model.chat_template
         self.life = uuid.uuid4().hex
 
     def ready(self) -> str:

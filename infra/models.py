@@ -22,6 +22,7 @@ class ModelRef(BaseModel):
     vocab_size: int = 0  # width of the logits
     tokenizer_hash: str = ""  # of the token map and special tokens
     eos_token_ids: list[int] = []
+    chat_template: str | None = None  # in place of its tokenizer's own
     parameters: int = 0
     bytes: int = 0
 
@@ -45,10 +46,14 @@ def local_folder(store: Store, model: ModelRef, *, weights: bool = True) -> Path
     )
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
+    """A folder's tokenizer, with another chat template where one is given."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
 
 
 def load_model(folder: Path, dtype: str) -> Any:

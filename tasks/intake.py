@@ -40,8 +40,8 @@ REFUSED = pa.schema([("n", pa.int64()), *schemas.QUARANTINE])
 class Measure:
     """Counts a conversation's tokens, the opening of the model's turn included."""
 
-    def __init__(self, tokenizer: Any, limit: int, template: str | None, template_args: dict[str, Any]) -> None:
-        self.tokenizer, self.limit, self.template, self.template_args = tokenizer, limit, template, template_args
+    def __init__(self, tokenizer: Any, limit: int, template_args: dict[str, Any]) -> None:
+        self.tokenizer, self.limit, self.template_args = tokenizer, limit, template_args
         # No token stands for more characters, so a longer text need not be tokenised to be refused.
         self.most_characters = limit * max(map(len, tokenizer.get_vocab()))
 
@@ -51,11 +51,7 @@ class Measure:
 
         try:
             return self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=True,
-                **self.template_args,
+                messages, tokenize=False, add_generation_prompt=True, **self.template_args
             )
         except TemplateError:
             return None

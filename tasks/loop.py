@@ -179,7 +179,8 @@ class Loop:
         state.peak_bytes = int(self.world.max(used))
         state.data, state.finished = self.feed.sizes(), True
         if self.world.rank == 0:
-            export(self.origin, chosen, self.config.lora, self.plan.dtype, folder / "student")
+            template = self.plan.student.chat_template
+            export(self.origin, chosen, self.config.lora, self.plan.dtype, folder / "student", template)
             save_state(folder, state)
 
     def _where(self, step: int, what: str) -> str:

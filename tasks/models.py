@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import Field
 
-from infra.manifest import fingerprint
+from infra.manifest import fingerprint, load_manifest
 from infra.models import ModelRef, load_model, load_tokenizer, local_folder
 from tasks.config.base import Config
 from tasks.config.models import (
@@ -267,7 +267,8 @@ def describe_folder(stage: Stage[ModelsSettings], source: HuggingFaceModel) -> M
     ref = ModelRef(name=source.id, revision=revision, id=place, hub_revision=None if is_folder else revision)
     known = ref.model_dump(include={"name", "revision", "id", "hub_revision"})
     # Weights come to the machines that need them.
-    return describe(local_folder(stage.store, ref, weights=False), **known)
+    folder, template = local_folder(stage.store, ref, weights=False), stage.settings.models.chat_template
+    return describe(folder, **known, chat_template=template)
 
 
 def run(stage: Stage[ModelsSettings]) -> None:
@@ -289,7 +290,33 @@ def run(stage: Stage[ModelsSettings]) -> None:
     stage.progress(len(ROLES), len(ROLES), "models", last=True)
 
 
+def made_before(stage: Stage[ModelsSettings], role: str) -> ModelRef | None:
+    """The role's model as another run of this store made it, its files copied; None where none did. The whole section
+    decides what this stage is, only a part of it what one model is."""
+
+    def decisive(settings: dict[str, Any]) -> tuple[Any, ...]:
+        models = settings["models"]
+        return models[role], settings["identities"].get(role), models["chat_template"]
+
+    for path in stage.store.list("stages/models"):
+        if not path.endswith("/manifest.json"):
+            continue
+        known = load_manifest(stage.store, path)
+        if role not in known.files or decisive(known.settings) != decisive(stage.spec.settings):
+            continue
+        folder = f"{stage.spec.folder}/files/{role}"
+        files = stage.manifest.files[role] = []
+        for file in known.files[role]:
+            target = folder + file.path.removeprefix(f"{known.folder}/files/{role}")
+            stage.store.copy(file.path, target)
+            files.append(file.model_copy(update={"path": target}))
+        return ModelRef.model_validate(known.facts["models"][role]).model_copy(update={"path": folder})
+    return None
+
+
 def store_built(stage: Stage[ModelsSettings], role: str, source: GgufModel | PrunedModel | FreshModel) -> ModelRef:
+    if known := made_before(stage, role):
+        return known
     model, tokenizer = build(source, stage)
     if stage.settings.models.chat_template:
         tokenizer.chat_template = stage.settings.models.chat_template

@@ -12,6 +12,7 @@ from infra.manifest import read_table
 from infra.store import Store
 from tasks import findings, overview
 from tasks.accounts import Manifests, accounts, costs, funnel, in_order, online_teacher_tokens, teacher_queries
+from tasks.config.run import RunConfig
 from tasks.metrics import METRICS, SOURCES, Results
 from tasks.promote import Decision
 from tasks.stage import Stage
@@ -35,15 +36,20 @@ REFUSALS = (
 
 
 def write(
-    folder: Path, stage: "Stage[ReportSettings]", manifests: Manifests, results: Results, decision: Decision
+    folder: Path,
+    stage: "Stage[ReportSettings]",
+    config: RunConfig,
+    manifests: Manifests,
+    results: Results,
+    decision: Decision,
 ) -> None:
     """Write ``index.html`` and ``overview.png``."""
     settings, store = stage.settings, stage.store
     figures = {
         "results": findings.measured(results),
         "consistency": findings.consistency(store, manifests),
-        "warmup": findings.training(store, manifests, "warmup-train", "Stage 1", settings.config.warmup),
-        "train": findings.training(store, manifests, "train", "Stage 2", settings.config.train),
+        "warmup": findings.training(store, manifests, "warmup-train", "Stage 1", config.warmup),
+        "train": findings.training(store, manifests, "train", "Stage 2", config.train),
     }
     figures["confidence"], calibrations = findings.confidence(store, manifests)
     levels, gained = funnel(manifests), results.differences["final-base"]
@@ -73,7 +79,7 @@ def write(
         online=online_teacher_tokens(manifests),
         budget=settings.budget,
         training={name: manifests[name].facts for name in ("warmup-train", "train") if name in manifests},
-        settings=flat(settings.config.model_dump(mode="json", exclude={"resources"})),
+        settings=flat(config.model_dump(mode="json")),
         versions=versions(manifests),
         manifests={name: manifests[name] for name in in_order(manifests)},
     )  # fmt: skip

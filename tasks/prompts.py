@@ -76,8 +76,6 @@ class PromptsSettings(Config):
     """Role of the model whose tokenizer counts tokens."""
     chat_template_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template."""
-    chat_template: str | None = None
-    """Chat template; the tokenizer's own where absent."""
     after: After | None = None
     """For runs that follow each other; a run stands alone where absent."""
 
@@ -164,12 +162,12 @@ def measure(stage: Stage[PromptsSettings]) -> Measure:
     """The tokenizer that counts. ValueError where it has no chat template."""
     settings = stage.settings
     model = ModelRef.model_validate(stage.input("models").facts["models"][settings.tokenizer_key])
-    tokenizer = load_tokenizer(local_folder(stage.store, model, weights=False))
-    if not (settings.chat_template or tokenizer.chat_template):
+    tokenizer = load_tokenizer(local_folder(stage.store, model, weights=False), model.chat_template)
+    if not tokenizer.chat_template:
         raise ValueError(
             f"models.{settings.tokenizer_key}: its tokenizer has no chat template: set models.chat_template"
         )
-    return Measure(tokenizer, settings.prompts.max_prompt_tokens, settings.chat_template, settings.chat_template_args)
+    return Measure(tokenizer, settings.prompts.max_prompt_tokens, settings.chat_template_args)
 
 
 def earlier(stage: Stage[PromptsSettings]) -> list[str]:

@@ -10,6 +10,7 @@ out. Only evaluated labels have values in facts ``metrics``; the others' are nul
 import hashlib
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -40,8 +41,8 @@ class ReportSettings(Config):
     """Name of the run."""
     seed: int = 0
     """Seed of the run; resamples and the choice of shown samples follow it."""
-    config: RunConfig
-    """All settings of the run."""
+    config: dict[str, Any]
+    """The settings of the run that decide its results."""
     evaluate: EvaluateConfig
     """Intervals."""
     promote: PromoteConfig
@@ -50,6 +51,18 @@ class ReportSettings(Config):
     """The student promoted when the run began; none where absent."""
     budget: Budget
     """What might be asked of the teacher."""
+
+
+def whole(stage: Stage[ReportSettings]) -> RunConfig:
+    """All settings of the run, those that decide no result included."""
+
+    def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        both = {
+            name: merged(one[name], other[name]) for name in one.keys() & other.keys() if isinstance(one[name], dict)
+        }
+        return {**one, **other, **both}
+
+    return RunConfig.model_validate(merged(stage.settings.config, stage.spec.runtime.operational))
 
 
 def results_of(stage: Stage[ReportSettings], manifests: Manifests) -> Results:
@@ -75,7 +88,7 @@ def finish_student(stage: Stage[ReportSettings], manifests: Manifests, results: 
         return None
     source, target = f"{trained.folder}/files/student", f"{stage.spec.folder}/files/student"
     student = ModelRef.model_validate(trained.facts["models"]["student"]).model_copy(update={"path": target})
-    text = card(stage.settings.config, manifests, results, student, stage.spec.fingerprint).encode()
+    text = card(whole(stage), manifests, results, student, stage.spec.fingerprint).encode()
     readme = File(path=f"{target}/README.md", bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
     files = [readme]
     for file in trained.files["student"]:
@@ -132,7 +145,7 @@ def run(stage: Stage[ReportSettings]) -> None:
 
     def write_page() -> None:
         with tempfile.TemporaryDirectory() as temporary:
-            page.write(Path(temporary), stage, manifests, results, decision)
+            page.write(Path(temporary), stage, whole(stage), manifests, results, decision)
             place = stage.add_files("report", Path(temporary))
         facts.update(report=f"{place}/index.html", overview=f"{place}/overview.png")
 

@@ -50,9 +50,9 @@ class Runtime(BaseModel):
     gpus_per_worker: int = 0
     threads: int = 0  # torch threads of a worker; 0: all cores
     release_engines: bool = False  # end the run's engines before training
-    spending: dict[str, Any] = Field(
-        default_factory=dict
-    )  # ``caps`` of the budget, and the ``factor`` spent may come to
+    # ``caps`` of the budget, and the ``factor`` spent may come to.
+    spending: dict[str, Any] = Field(default_factory=dict)
+    operational: dict[str, Any] = Field(default_factory=dict)  # the settings that decide no result, for the report
 
 
 class StageSpec(BaseModel):

@@ -199,8 +199,11 @@ def fill(target: Tensor, source: Tensor) -> None:
     target.copy_(source)
 
 
-def export(folder: Path, weights: dict[str, Tensor], lora: Lora | None, dtype: str, target: Path) -> None:
-    """A plain Hugging Face folder: the model of ``folder`` with these weights, adapters merged, and its tokenizer."""
+def export(
+    folder: Path, weights: dict[str, Tensor], lora: Lora | None, dtype: str, target: Path, chat_template: str | None
+) -> None:
+    """A plain Hugging Face folder: the model of ``folder`` with these weights, adapters merged, and its tokenizer, with
+    another chat template where one is given."""
     from infra.models import load_tokenizer
 
     model = load_model(folder, "float32")
@@ -211,4 +214,4 @@ def export(folder: Path, weights: dict[str, Tensor], lora: Lora | None, dtype: s
     if adapted is not None:
         model = adapted.merge_and_unload()
     model.to(getattr(torch, dtype)).save_pretrained(target)
-    load_tokenizer(folder).save_pretrained(target)
+    load_tokenizer(folder, chat_template).save_pretrained(target)

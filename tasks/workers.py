@@ -17,6 +17,13 @@ START_TIMEOUT_S = 900
 POLL_S = 0.5
 
 
+# Of a step, what is shown live.
+SHOWN = (
+    *("loss", "loss_on_policy", "loss_off_policy", "validation_loss"),
+    *("intervention_rate", "response_length", "eos_rate"),
+)
+
+
 class Relay:
     """An actor between the first worker and this process: rows of the curve."""
 
@@ -40,7 +47,7 @@ def shown(stage: Stage[Any], relay: Any, steps: int) -> Iterator[None]:
 
     def show() -> None:
         for row in ray.get(relay.take.remote())[-1:]:
-            facts = {name: row[name] for name in ("loss", "validation_loss", "intervention_rate")}
+            facts = {name: row[name] for name in SHOWN}
             speed = row["tokens"] / row["seconds"]
             stage.progress(row["step"], steps, "steps", tokens_per_second=round(speed, 1), **facts)
 

@@ -13,7 +13,7 @@ class HuggingFaceModel(Config):
 
     type: Literal["huggingface"] = "huggingface"
     id: str = Field(min_length=1)
-    """Hub id such as ``Qwen/Qwen3-8B``, or the path of a model folder (local or s3://)."""
+    """Hub id such as ``Qwen/Qwen3-8B``, or the path of a model folder, which every machine that works has to see."""
     revision: str | None = None
     """Commit, tag or branch on the hub; resolved to a commit before the run. Not for folders."""
 
@@ -141,8 +141,6 @@ class Models(Config):
     """Jinja chat template for all three; the tokenizer's own where absent."""
     chat_template_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the template, such as ``enable_thinking: false``."""
-    allow_tokenizer_mismatch: bool = False
-    """Go on though teacher and student tokenizers differ. Only for methods that exchange text."""
 
 
 class EngineConfig(Config):

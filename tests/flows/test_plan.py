@@ -163,3 +163,88 @@ def test_a_root_that_cannot_be_written(planned: Callable[..., Plan], tmp_path: P
     (tmp_path / "file").write_text("")
     (problem,) = planned(root=str(tmp_path / "file" / "root")).problems
     assert problem.startswith("--root")
+
+
+def test_every_check_has_a_name(planned: Callable[..., Plan]) -> None:
+    assert all(planned().checks.values())
+    assert {"store can be written", "models can be read", "chat templates", "key-value caches"} <= set(planned().checks)
+    found = planned(lambda data: data["prompts"].update(verifier="nowhere:check"))
+    assert not found.checks["verifier is there"]
+    assert found.checks["models can be read"]
+
+
+def test_a_cut_off_model_is_refused(planned: Callable[..., Plan], models: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(models / "other", tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    student = {"type": "huggingface", "id": str(folder)}
+    (problem,) = planned(lambda data: data["models"].update(student=student)).problems
+    assert problem.startswith("models.student: id: ")
+    assert "no whole safetensors file" in problem
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(40))
+    student = {"type": "gguf", "file": str(tmp_path / "model.gguf")}
+    (problem,) = planned(lambda data: data["models"].update(student=student)).problems
+    assert problem.startswith("models.student: file: ")
+
+
+def test_a_missing_chat_template_is_refused_unless_it_is_set(
+    planned: Callable[..., Plan], models: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = shutil.copytree(models / "other", tmp_path / "plain")
+    (folder / "chat_template.jinja").unlink()
+    student = {"type": "huggingface", "id": str(folder)}
+    (problem,) = planned(lambda data: data["models"].update(student=student)).problems
+    assert problem == "models.student: its tokenizer has no chat template: set models.chat_template"
+    assert planned(lambda data: data["models"].update(student=student, chat_template=tiny.TEMPLATE)).problems == []
+
+
+@pytest.mark.parametrize("role", ["teacher", "assistant", "student"])
+def test_caches_are_each_roles_own(planned: Callable[..., Plan], role: str) -> None:
+    def change(gib: float) -> Callable[[dict[str, Any]], object]:
+        return lambda data: data["engines"].update({role: {**data["engines"][role], "kv_cache_gib": gib}})
+
+    (problem,) = planned(change(9000)).problems
+    assert problem.startswith("resources: ")
+    (problem, *others) = planned(change(0.00001)).problems
+    assert problem.startswith(f"engines.{role}.kv_cache_gib: 1e-05 hold ")
+    assert not others
+
+
+def test_other_ends_of_sequence_are_refused(planned: Callable[..., Plan], models: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(models / "other", tmp_path / "ends")
+    for name in ("generation_config.json", "config.json"):
+        known = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**known, "eos_token_id": 1}))
+    student = {"type": "huggingface", "id": str(folder)}
+    (problem,) = planned(lambda data: data["models"].update(student=student)).problems
+    assert problem.startswith("models.student: it ends with token 1, the teacher with 2")
+
+
+def test_a_file_with_too_few_rows_is_refused(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    lines = [json.dumps({"question": f"{number} + 1?", "answer": str(number + 1)}) for number in range(20)]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    source = {
+        "type": "jsonl",
+        "path": str(tmp_path / "few.jsonl"),
+        "fields": {"prompt": "question", "answer": "answer"},
+    }
+    (problem,) = planned(lambda data: data["prompts"].update(sources=[source])).problems
+    assert problem.startswith("budget.queries: 24 queries need 24 prompts, prompts.sources give about 14 beside")
+
+
+def test_a_ta_that_is_the_teacher_has_the_same_engine() -> None:
+    from flows.story import runtime
+    from tasks.config import load_config
+
+    folder = Path(__file__).parent.parent.parent / "configs"
+    config = load_config(folder / "quickstart.yaml", ["sampling.distributions={type: top}"])
+    engines = runtime(config, "run").engines
+    assert config.models.teacher == config.models.assistant
+    assert engines["teacher"] == engines["assistant"]
+    assert engines["teacher"]["max_logprobs"] > 1

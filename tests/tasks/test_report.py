@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +17,12 @@ from infra.manifest import load_manifest, read_rows
 from infra.store import open_store
 from tasks import accounts, findings, page, plots
 from tasks.card import plain
+from tasks.config import load_config
+from tasks.config.run import OPERATIONAL
 from tasks.metrics import DIFFERENCES, LABELS, METRIC, METRICS
-from tasks.stage import StageSpec
+from tasks.report import ReportSettings
+from tasks.report import whole as report_config
+from tasks.stage import Runtime, Stage, StageSpec
 
 
 class Page(HTMLParser):
@@ -120,7 +125,7 @@ def test_every_section_is_there(whole):
         assert heading in found.headings
     assert found.text.count("✓ right") + found.text.count("✗ wrong") == findings.SAMPLES * len(LABELS)
     assert "near_duplicates.threshold" in found.text
-    assert "resources" not in found.text
+    assert "resources" in found.text
 
 
 def test_facts(whole):
@@ -350,3 +355,20 @@ def test_calibration_is_measured_on_rows_it_was_not_fitted_on(tmp_path):
     assert as_scored.accuracy == calibrated.accuracy
     assert calibrated.brier == pytest.approx(((pairs["calibrated"][0] - pairs["calibrated"][1]) ** 2).mean())
     assert "after calibration" in figures[0].note
+
+
+def test_settings_that_decide_no_result_are_the_runs_own() -> None:
+    """Others are judged by them: with default engines these prompts would be too long."""
+    folder = Path(__file__).parent.parent.parent / "configs"
+    changes = ["engines.teacher.max_model_len=4096", "engines.student.max_model_len=4096"]
+    config = load_config(folder / "quickstart.yaml", ["prompts.max_prompt_tokens=2000", *changes])
+    operational = config.model_dump(mode="json", include=OPERATIONAL)
+    settings = ReportSettings(
+        name="long",
+        config=config.model_dump(mode="json", exclude=OPERATIONAL),
+        evaluate=config.evaluate,
+        promote=config.promote,
+        budget=config.budget,
+    )
+    spec = StageSpec(stage="report", module="tasks.report", root="/nowhere", runtime=Runtime(operational=operational))
+    assert report_config(Stage(spec, settings)) == config
