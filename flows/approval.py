@@ -18,7 +18,7 @@ from prefect.states import Paused
 from prefect.utilities.urls import url_for
 
 from flows.display import display
-from flows.runner import StageCancelled, StageRefused
+from flows.ends import StageCancelled, StageRefused
 from tasks.config.budget import Budget
 
 POLL_SECONDS = 1.0

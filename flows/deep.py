@@ -7,12 +7,12 @@ stages are those of the run, so what it prepares here is reused there.
 from typing import Any
 
 from prefect import flow
-from prefect.states import Cancelled, Failed
 
 from flows.cycle import Start, look
 from flows.distill import prepare
+from flows.ends import end_of
 from flows.local import on_running_cluster
-from flows.runner import Runner, StageCancelled, StageFailed
+from flows.runner import Runner
 from flows.story import on_gpu
 from infra.manifest import load_manifest
 from infra.store import open_store
@@ -26,10 +26,8 @@ def deep_check(config: RunConfig, root: str) -> Any:
         start = look(on_running_cluster(config), open_store(root))
         with Runner.open(start.config, root, run=f"{start.run}-deep") as runner:
             return compare(runner, start)
-    except StageCancelled as cancelled:
-        return Cancelled(message=str(cancelled))
-    except StageFailed as failed:
-        return Failed(message=str(failed))
+    except Exception as error:
+        return end_of(error)
 
 
 def compare(runner: Runner, start: Start) -> dict[str, Any]:

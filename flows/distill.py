@@ -9,13 +9,13 @@ result, and does the work only where that result is not there yet.
 from typing import Any
 
 from prefect import flow, get_run_logger
-from prefect.states import Cancelled, Failed
+from prefect.states import Failed
 
 from flows.approval import above, wait_for_approval
 from flows.cycle import identities
-from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed, run_name
+from flows.ends import StageDamaged, end_of
+from flows.runner import Runner, run_name
 from flows.story import Pipeline, Planner
-from infra.faults import fault_of
 from tasks.accounts import ANNOTATIONS
 from tasks.config.preset import Settings
 from tasks.config.run import OPERATIONAL
@@ -254,6 +254,16 @@ def approve(runner: Runner, found: dict[str, Any], approved: bool) -> None:
         record.save(runner.store)
 
 
+def tell(runner: Runner, found: dict[str, Any]) -> None:
+    """Follow the story; where a part turns out to be damaged, once more, which makes it anew."""
+    try:
+        story(runner, found)
+    except StageDamaged as damaged:
+        get_run_logger().warning("%s", damaged)
+        runner.record.stages.clear()
+        story(runner, found)
+
+
 @flow(name="distill", flow_run_name=run_name, log_prints=False, validate_parameters=False)
 def distill(config: Settings, root: str = "runs/default", redo_from: str | None = None, approved: bool = False) -> Any:
     """Distil the teacher into the student: prompts in, a promoted student and its report out. ``approved``: what
@@ -268,19 +278,7 @@ def distill(config: Settings, root: str = "runs/default", redo_from: str | None 
         with Runner.open(settings, root, redo_from) as runner:
             found = {**identities(settings, {}), "promoted": runner.record.promoted}
             approve(runner, found, approved)
-            try:
-                story(runner, found)
-            except StageDamaged as damaged:
-                get_run_logger().warning("%s", damaged)
-                runner.record.stages.clear()
-                story(runner, found)
+            tell(runner, found)
             return runner.outcome()
-    except StageCancelled as cancelled:
-        return Cancelled(message=str(cancelled))
-    except StageFailed as failed:
-        return Failed(message=str(failed))
     except Exception as error:
-        fault = fault_of(error)
-        if fault is None:
-            raise
-        return Failed(message=fault.line)
+        return end_of(error)

@@ -7,13 +7,13 @@ from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.states import Cancelled, Failed
 
 from flows.artifacts import metric_rows
 from flows.cycle import identities
 from flows.distill import prepare
+from flows.ends import end_of
 from flows.prelude import measured
-from flows.runner import Runner, StageCancelled, StageFailed, run_name
+from flows.runner import Runner, run_name
 from flows.story import Pipeline
 from infra.manifest import load_manifest
 from tasks.config.evaluation import Evaluation
@@ -52,10 +52,9 @@ def evaluate(config: Evaluation, root: str = "runs/default") -> Any:
         row = {**metric_rows(manifest.facts["metrics"])[0], "model": settings.name}
         create_table_artifact([row], key="metrics", description=f"{manifest.facts['heldout']} problems, with intervals")
         return row
-    except StageCancelled as cancelled:
-        return Cancelled(message=str(cancelled))
-    except StageFailed as failed:
-        message = str(failed)
+    except Exception as error:
+        state = end_of(error)
+        message = state.message or ""
         for theirs, ours in CALLED.items():
             message = message.replace(theirs, ours)
-        return Failed(message=message)
+        return state.model_copy(update={"message": message})

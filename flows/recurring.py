@@ -8,15 +8,15 @@ next run; with nothing to do the run ends as completed, and says so.
 
 from typing import Any
 
-from prefect import flow, get_run_logger
-from prefect.states import Cancelled, Completed, Failed
+from prefect import flow
+from prefect.states import Completed, Failed
 
 from flows.artifacts import name_run
 from flows.cycle import NothingToDo, Start, begin
-from flows.distill import approve, story
+from flows.distill import approve, tell
+from flows.ends import end_of
 from flows.record import RunRecord, load_record
-from flows.runner import Runner, StageCancelled, StageDamaged, StageFailed, run_name
-from infra.faults import fault_of
+from flows.runner import Runner, run_name
 from infra.manifest import load_manifest
 from infra.store import Store, open_store
 from tasks.config import RunConfig
@@ -70,15 +70,8 @@ def distill_recurring(config: Settings, root: str = "runs/default", approved: bo
     except NothingToDo as nothing:
         name_run(f"{settings.name}: {str(nothing).partition(';')[0].partition(':')[0]}")
         return Completed(message=str(nothing), data=nothing_done(str(nothing)))
-    except StageCancelled as cancelled:
-        return Cancelled(message=str(cancelled))
-    except StageFailed as failed:
-        return Failed(message=str(failed))
     except Exception as error:
-        fault = fault_of(error)
-        if fault is None:
-            raise
-        return Failed(message=fault.line)
+        return end_of(error)
 
 
 def cycle(config: RunConfig, root: str, approved: bool) -> Any:
@@ -91,12 +84,7 @@ def cycle(config: RunConfig, root: str, approved: bool) -> Any:
         runner.start = start
         found = {**start.found, "promoted": runner.record.promoted}
         approve(runner, found, approved)
-        try:
-            story(runner, found)
-        except StageDamaged as damaged:
-            get_run_logger().warning("%s", damaged)
-            runner.record.stages.clear()
-            story(runner, found)
+        tell(runner, found)
         runner.close_cycle()
         result = runner.outcome()
     said = "promoted" if result["promoted"] else "not promoted"

@@ -4,8 +4,6 @@ The flow is no Ray driver: it talks to the cluster through the Jobs API only, so
 and ends the job, whatever Ray is doing. Every path out of ``perform`` stops the job it started.
 """
 
-import json
-import logging
 import shlex
 import sys
 import threading
@@ -13,21 +11,21 @@ import time
 from contextlib import suppress
 from typing import Any, Self
 
-import httpx
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
 from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows.artifacts import StageProgress, publish
+from flows.artifacts import publish
 from flows.cycle import NothingToDo
 from flows.display import display
+from flows.ends import StageCancelled, StageDamaged, StageFailed, StageRefused
 from flows.notify import announce
 from flows.record import RunRecord, StageRecord, load_record, outcome, rival_of, run_id
 from flows.story import Pipeline
+from flows.watch import StageWatch, check_cancelled
 from infra.cluster import FINAL, QUIET, Cluster, Job, running_jobs, stop_jobs, submit
 from infra.faults import fault_of
 from infra.lease import RENEW_SECONDS, lease_path
@@ -36,27 +34,10 @@ from infra.process import undisturbed
 from infra.store import open_store
 from tasks.config import RunConfig
 from tasks.promoted import current
-from tasks.stage import MARK, StageSpec
+from tasks.stage import StageSpec
 
 POLL_SECONDS = 0.3
 STATE_SECONDS = 2.0
-LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARNING": logging.WARNING, "ERROR": logging.ERROR}
-
-
-class StageCancelled(Exception):
-    """The flow run was cancelled while a stage ran."""
-
-
-class StageFailed(Exception):
-    """A stage ended without a manifest. The message is its cause in one line."""
-
-
-class StageDamaged(StageFailed):
-    """A stage read a part that is not as it was committed. It is forgotten; following the story again makes it anew."""
-
-
-class StageRefused(StageFailed):
-    """A stage said why it cannot go on: a user's mistake that no second attempt mends."""
 
 
 class Runner(Pipeline):
@@ -224,7 +205,7 @@ class Runner(Pipeline):
     def _environment(self) -> dict[str, str]:
         return {**QUIET, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-    def _watch(self, job: Job, watch: "StageWatch") -> None:
+    def _watch(self, job: Job, watch: StageWatch) -> None:
         """Follow the job to its end. Raises StageCancelled, or StageFailed past the deadline."""
         deadline = time.monotonic() + 60 * self.config.resources.stage_deadline_minutes
         state_at = time.monotonic()
@@ -275,53 +256,6 @@ class Runner(Pipeline):
                     # The next renewal makes up for one that a fault of the store prevented.
                     if fault_of(error) is None:
                         raise
-
-
-class StageWatch:
-    """What a running stage says: progress to display and artifact, its error, its log to Prefect."""
-
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-        self.error = ""
-        self.damage = ""
-        self.fault = ""
-        self.lasting = False
-        self.last_line = ""
-        self.log = get_run_logger()
-        self.artifact = StageProgress(stage)
-
-    def take(self, lines: Any) -> None:
-        for line in lines:
-            if line.startswith(MARK):
-                event = json.loads(line[len(MARK) :])
-                if event["kind"] == "error":
-                    self.error = event["message"]
-                elif event["kind"] == "damaged":
-                    self.damage = event["message"]
-                elif event["kind"] == "fault":
-                    self.fault, self.lasting = event["message"], event["lasting"]
-                else:
-                    display().progress(self.stage, event)
-                    self.artifact.update(event)
-            elif line.strip():
-                self.last_line = line.strip()[:300]
-                level, _, rest = line.partition(" ")
-                self.log.log(LEVELS.get(level, logging.DEBUG), "%s", rest if level in LEVELS else line)
-
-    def close(self) -> None:
-        self.artifact.close()
-
-
-def check_cancelled() -> None:
-    """A cancel from the UI does not reach a flow that was started from a shell: it has to look."""
-    try:
-        with get_client(sync_client=True) as client:
-            state = client.read_flow_run(flow_run.id).state
-    except httpx.TransportError:
-        # A server that is being restarted is asked again later.
-        return
-    if state is not None and (state.is_cancelling() or state.is_cancelled()):
-        raise StageCancelled("cancelled from Prefect")
 
 
 def run_name() -> str:

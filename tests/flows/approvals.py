@@ -29,7 +29,7 @@ def outcomes() -> dict[str, Any]:
     from prefect.states import Cancelled
 
     from flows.approval import above, wait_for_approval
-    from flows.runner import StageCancelled, StageRefused
+    from flows.ends import StageCancelled, StageRefused
 
     runs: dict[str, Any] = {}
     told: dict[str, str] = {}
