@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infra.memory import keep_freed_memory
 from infra.models import load_model, local_folder
 from infra.store import open_store
 from kernels.noise import sequence_key
@@ -242,6 +243,8 @@ def train(config: dict[str, Any]) -> None:
 
     plan, context = Plan.model_validate(config["plan"]), ray.train.get_context()
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+    if plan.device == "cpu":
+        keep_freed_memory()
     torch.set_num_threads(plan.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
