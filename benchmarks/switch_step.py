@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.conditions import CACHE, conditions, options, publish
-from benchmarks.pairs import BATCH, load, notices, raw_pair, templated_pair
+from benchmarks.pairs import BATCH, held_out, load, raw_pair, templated_pair
 from benchmarks.peer import trl
 from kernels.noise import sequence_key
 from tasks.batches import Sequence, collate
@@ -105,7 +105,7 @@ def main() -> None:
 
     pair, raw = templated_pair(), raw_pair()
     tokenizer = load_tokenizer(raw.teacher)
-    prompts = [row.prompt for row in notices(tokenizer, BATCH, seed=3)]
+    prompts = held_out(tokenizer, BATCH, seed=3)
     folders = {"a": (pair.teacher, pair.students[max(pair.students)]), "b": (raw.teacher, raw.students[0])}
     cases: dict[str, dict[str, Any]] = {}
     for name, (teacher_folder, student_folder) in folders.items():
