@@ -88,6 +88,20 @@ def assert_same(got: Rollout, want: Rollout, cuts: bool = False) -> None:
         assert torch.equal(getattr(got.stats, name), getattr(want.stats, name)), name
 
 
+def assert_forwards(got: Rollout, want: Rollout, drafter: str | None) -> None:
+    """Per token both models run once at every emitted position; in blocks both give the same positions."""
+    longest = len(want.stats.emitted_T)
+    for counts_T in want.stats.by_position(longest)[4:]:
+        assert torch.equal(counts_T, want.stats.emitted_T)
+    starts_T, covers_T, teacher_starts_T, teacher_covers_T = got.stats.by_position(longest)[4:]
+    assert torch.equal(covers_T, teacher_covers_T)
+    assert (covers_T >= got.stats.emitted_T).all()
+    if drafter:
+        assert torch.equal(starts_T if drafter == "student" else teacher_starts_T, covers_T)
+    for forwards, sum_ in ((got.stats.student, starts_T.sum()), (got.stats.teacher, teacher_starts_T.sum())):
+        assert sum_ <= forwards.rows
+
+
 def check(lengths, limits, eos_ids, distance, gate, seed, block, slots, drafter, **more) -> None:
     prompts, keys = make_prompts(lengths, seed)
     arguments = STUDENTS[distance], TEACHER, prompts, keys, gate
@@ -95,6 +109,7 @@ def check(lengths, limits, eos_ids, distance, gate, seed, block, slots, drafter,
     want = reference(*arguments, **settings_)
     got = blockwise(*arguments, **settings_, block=block, slots=slots, drafter=drafter)
     assert_same(got, want, cuts=drafter == "student")
+    assert_forwards(got, want, drafter)
     for tokens, limit in zip(want.tokens, limits, strict=True):
         assert len(tokens) == limit or int(tokens[-1]) in eos_ids
         assert not set(tokens[:-1].tolist()) & set(eos_ids)
