@@ -213,7 +213,7 @@ def main() -> None:
         if not arguments.folder:
             shutil.rmtree(folder, ignore_errors=True)
     result = {
-        **conditions(),
+        "conditions": conditions(),
         "kills": len(chaos.kills),
         "lost_rows": lost,
         "duplicate_rows": doubled,

@@ -50,7 +50,8 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 
 def publish(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Save and print a result as asked."""
+    """Print under which conditions a result was measured; save and print the result as asked."""
+    print("measured: " + ", ".join(f"{name} {value}" for name, value in result["conditions"].items()))
     if arguments.save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -3,8 +3,9 @@
     python -m benchmarks.divergence --json        (last line: one JSON object)
 
 Generalised JSD with β = 0.5, which all sides have, in float32. Each measurement runs in a process of its own, in turn;
-extra memory is what the process grew by over its inputs, gradients included. Ratios are fused / other, medians over
-the rounds (TRL: one round at the larger size unless --rounds-trl says more).
+extra memory is what the process grew by over its inputs, gradients included. Ratios are fused / other, of medians over
+each side's ROUNDS: as many as ten minutes on two cores allow, where TRL takes 25 s and 100 s. ``growth`` is of the
+extra memory from 2,048 to 16,384 positions, as a multiple of the hidden states of those between: their gradient is one.
 """
 
 import multiprocessing
@@ -21,7 +22,8 @@ CASES = {
     "2048 x 151936, width 896": (2048, 151_936, 896),
     "16384 x 151936, width 896": (16_384, 151_936, 896),
 }
-ALONE = "16384 x 151936, width 896"
+SMALL, LARGE, ALONE = CASES
+ROUNDS = {SMALL: {"fused": 3, "plain": 3, "trl": 2}, LARGE: {"fused": 3, "plain": 3, "trl": 1}, ALONE: {"fused": 1}}
 
 
 def measure(side: str, shape: tuple[int, int, int], pipe: Any) -> None:
@@ -49,7 +51,10 @@ def measure(side: str, shape: tuple[int, int, int], pipe: Any) -> None:
     pipe.send({"seconds": seconds, "extra_bytes": peak.extra, "loss": loss.item()})
 
 
-def run(side: str, shape: tuple[int, int, int]) -> dict[str, float]:
+def run(side: str, shape: tuple[int, int, int]) -> dict[str, Any]:
+    if side == "trl":
+        with trl("loss", tokens=shape[0], vocabulary=shape[1], width=shape[2]) as turn:
+            return turn()
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=measure, args=(side, shape, theirs))
     process.start()
@@ -61,26 +66,24 @@ def run(side: str, shape: tuple[int, int, int]) -> dict[str, float]:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rounds-trl", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3, help="the most rounds of any side")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"conditions": conditions(), "cases": {}}
     for name in ("peak_ratio", "time_ratio", "peak_ratio_to_trl", "time_ratio_to_trl"):
         result[name] = {}
     for name, shape in CASES.items():
-        sides: dict[str, list[dict[str, float]]] = (
-            {"fused": []} if name == ALONE else {"fused": [], "plain": [], "trl": []}
-        )
-        for number in range(1 if name == ALONE else arguments.rounds):
+        sides: dict[str, list[dict[str, Any]]] = {side: [] for side in ROUNDS[name]}
+        for number in range(arguments.rounds):
             for side, runs in sides.items():
-                if side != "trl":
+                if number < ROUNDS[name][side]:
                     runs.append(run(side, shape))
-                elif number < arguments.rounds_trl:
-                    runs.append(trl("loss", tokens=shape[0], vocabulary=shape[1], width=shape[2]))
         figures = {
-            side: {key: statistics.median(figure[key] for figure in runs) for key in runs[0]}
+            side: {key: statistics.median(figure[key] for figure in runs) for key in ("seconds", "extra_bytes", "loss")}
+            | {"rounds": len(runs)}
             for side, runs in sides.items()
         }
+        if "trl" in sides:
+            result["conditions"]["trl"] = sides["trl"][0]["versions"]
         result["cases"][name] = figures
         for side, figure in figures.items():
             seconds, peak, loss = figure["seconds"], figure["extra_bytes"] / (1 << 20), figure["loss"]
@@ -89,14 +92,10 @@ def main() -> None:
             if side in figures:
                 for ratio, key in (("peak_ratio", "extra_bytes"), ("time_ratio", "seconds")):
                     result[ratio + suffix][name] = figures["fused"][key] / figures[side][key]
-    if ALONE in result["cases"]:
-        few, many = (result["cases"][name]["fused"] for name in list(CASES)[1:])
-        hidden = 3 * 4 * (CASES[ALONE][0] - 2048) * CASES[ALONE][2]  # hidden states, the teacher's, and a gradient
-        result["growth"] = {
-            "extra_bytes_at_2048": few["extra_bytes"],
-            "extra_bytes_at_16384": many["extra_bytes"],
-            "bytes_of_hidden_states_between": hidden,
-        }
+    few, many = (result["cases"][name]["fused"]["extra_bytes"] for name in (LARGE, ALONE))
+    hidden = 4 * (CASES[ALONE][0] - CASES[LARGE][0]) * CASES[ALONE][2]
+    result["growth"] = {"extra_bytes": many - few, "hidden_bytes": hidden, "of_hidden": (many - few) / hidden}
+    print(f"from {LARGE} to {ALONE}: extra memory grows by {result['growth']['of_hidden']:.2f} hidden states")
     publish("divergence", result, arguments)
 
 

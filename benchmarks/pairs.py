@@ -25,6 +25,7 @@ LAYERS = [0, 1, 9, 19, 28, 29]
 # Steps after which a student is kept; the last one is the pair's.
 CHECKPOINTS = (10, 20, 48)
 TEACHER_STEPS, BATCH = 24, 8
+TRAINED_SEED = 1
 END = "<|im_end|>"
 
 CITIES = ["Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Dublin", "Boston", "Chicago", "Tokyo"]
@@ -66,6 +67,18 @@ def notices(tokenizer: Any, count: int, seed: int) -> list[Sequence]:
         ids = tokenizer.encode(chat(tokenizer, prompt), add_special_tokens=False)
         made.append(Sequence(f"{seed}-{number}", torch.tensor(ids), torch.tensor(tokenizer.encode(text + END))))
     return made
+
+
+def held_out(tokenizer: Any, count: int, seed: int) -> list[Tensor]:
+    """Prompts of forms that are in no row a teacher or student was trained on. There are only 500 forms, and training
+    read about half of them: a seed of its own does not keep prompts apart."""
+    read = notices(tokenizer, BATCH * max(TEACHER_STEPS, *CHECKPOINTS), TRAINED_SEED)
+    seen = {tuple(row.prompt.tolist()) for row in read}
+    fresh = [row.prompt for row in notices(tokenizer, 20 * count, seed) if tuple(row.prompt.tolist()) not in seen]
+    chosen = list({tuple(prompt.tolist()): prompt for prompt in fresh}.values())[:count]
+    assert len(chosen) == count
+    assert seen.isdisjoint(tuple(prompt.tolist()) for prompt in chosen)
+    return chosen
 
 
 def chat(tokenizer: Any, prompt: str) -> str:
@@ -116,7 +129,7 @@ def templated_pair() -> Pair:
 
     raw = raw_pair()
     tokenizer = load_tokenizer(raw.teacher)
-    data = notices(tokenizer, 1600, seed=1)
+    data = notices(tokenizer, 1600, TRAINED_SEED)
     teacher_folder = CACHE / "notices-teacher"
     if not (teacher_folder / "config.json").exists():
         teacher = load(raw.teacher)

@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +35,36 @@ def environment() -> Path:
     return python
 
 
-def trl(command: str, **options: Any) -> dict[str, Any]:
-    """What a command of ``trl_side.py`` reports."""
-    done = subprocess.run(
-        [str(environment()), str(SCRIPT), command],
-        input=json.dumps(options),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"TRL's side failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+@contextmanager
+def trl(command: str, **options: Any) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Within, TRL's side runs a command of ``trl_side.py``: each call lets it take one turn, and is what it reports."""
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [str(environment()), str(SCRIPT), command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdin
+        assert process.stdout
+        sent, lines = process.stdin, process.stdout
+
+        def turn() -> dict[str, Any]:
+            sent.write("\n")
+            sent.flush()
+            # The trainer prints lines of its own.
+            answer = next((line for line in lines if line.startswith('{"')), None)
+            if answer is None:
+                errors.seek(0)
+                raise RuntimeError(f"TRL's side failed:\n{errors.read()[-3000:]}")
+            result: dict[str, Any] = json.loads(answer)
+            return result
+
+        sent.write(json.dumps(options) + "\n")
+        try:
+            yield turn
+        finally:
+            process.kill()

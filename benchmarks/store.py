@@ -193,7 +193,7 @@ def main() -> None:
     with s3_store() as store:
         places["s3"] = ratios(store, tables, arguments.rounds)
     result = {
-        **conditions(),
+        "conditions": conditions(),
         "rows": arguments.parts * PART_ROWS,
         "parts": arguments.parts,
         "rounds": arguments.rounds,

@@ -4,18 +4,21 @@
 
 Batch 8, 64 new tokens, all on-policy, float32, AdamW. Case (a): SmolLM2 fine-tuned on templated text and a student
 distilled from it there; (b): SmolLM2 and its raw pruned student. A step is rollout, loss, backward and optimiser. Ours
-take turns step by step, with equal prompts and response lengths (EOS is off); each optimiser step is undone, so the
-pair stays what it is. TRL runs in an environment of its own on the same folders and prompts.
+take turns step by step with TRL's, which run in an environment of its own, with equal models, prompts and response
+lengths (EOS is off); each optimiser step of ours is undone, so the pair stays what it is, and TRL's learning rate is 0.
 """
 
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.conditions import CACHE, conditions, options, publish
-from benchmarks.pairs import BATCH, load, notices, raw_pair, templated_pair
+from benchmarks.pairs import BATCH, held_out, load, raw_pair, templated_pair
 from benchmarks.peer import trl
 from kernels.noise import sequence_key
 from tasks.batches import Sequence, collate
@@ -57,8 +60,10 @@ class Stepper:
         return time.perf_counter() - began, rolled, rollout.stats
 
 
-def run_case(teacher: Any, student: Any, prompts: list[Any], rounds: int) -> dict[str, Any]:
-    """SWITCH's and GKD's steps in turn; the first round is not counted."""
+def run_case(
+    teacher: Any, student: Any, prompts: list[Any], rounds: int, peer: Callable[[], dict[str, Any]] | None
+) -> dict[str, Any]:
+    """SWITCH's, GKD's and the peer's steps in turn; the first round is not counted."""
     vocabulary = teacher.config.vocab_size
     settings = {"on_policy_share": 1.0, "max_new_tokens": NEW_TOKENS}
     steppers = {
@@ -77,6 +82,9 @@ def run_case(teacher: Any, student: Any, prompts: list[Any], rounds: int) -> dic
                 seconds[name].append(spent)
                 rollouts[name].append(rolled)
                 stats += [seen] if name == "switch" else []
+        theirs = peer() if peer else None
+        if number and theirs:
+            seconds.setdefault("trl", []).append(theirs["seconds"])
     total = sum(stats[1:], stats[0])
     steps = NEW_TOKENS * rounds
     calls = {"switch": (total.student.calls, total.teacher.calls), "gkd": (steps, rounds)}
@@ -85,15 +93,24 @@ def run_case(teacher: Any, student: Any, prompts: list[Any], rounds: int) -> dic
     latency = {
         name: student_calls + teacher_calls + 3 * rounds for name, (student_calls, teacher_calls) in calls.items()
     }
+    median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "seconds": median,
         "rollout_seconds": {name: statistics.median(values) for name, values in rollouts.items()},
-        "ratio_to_gkd": statistics.median(seconds["switch"]) / statistics.median(seconds["gkd"]),
+        "ratio_to_gkd": median["switch"] / median["gkd"],
+        "ratio_to_trl": median["switch"] / median["trl"] if theirs else None,
+        "trl_versions": theirs["versions"] if theirs else None,
         "agreement": total.agreement,
         "teacher_forwards_per_token": total.teacher_forwards_per_token,
         "forwards_per_step": {name: [count / rounds for count in both] for name, both in calls.items()},
         "ratio_to_gkd_by_latency": latency["switch"] / latency["gkd"],
     }
+
+
+def trl_steps(teacher: Path, student: Path, prompts: list[Any], steps: int) -> Any:
+    """TRL's trainer on these models, one step a turn."""
+    options = {"teacher": str(teacher), "student": str(student), "prompts": [prompt.tolist() for prompt in prompts]}
+    return trl("step", **options, new_tokens=NEW_TOKENS, steps=steps, output=str(CACHE / "trl-output"))
 
 
 def main() -> None:
@@ -105,33 +122,22 @@ def main() -> None:
 
     pair, raw = templated_pair(), raw_pair()
     tokenizer = load_tokenizer(raw.teacher)
-    prompts = [row.prompt for row in notices(tokenizer, BATCH, seed=3)]
+    prompts = held_out(tokenizer, BATCH, seed=3)
     folders = {"a": (pair.teacher, pair.students[max(pair.students)]), "b": (raw.teacher, raw.students[0])}
     cases: dict[str, dict[str, Any]] = {}
-    for name, (teacher_folder, student_folder) in folders.items():
-        cases[name] = case = run_case(
-            load(teacher_folder).requires_grad_(False), load(student_folder), prompts, arguments.rounds
-        )
+    for name, (teacher, student) in folders.items():
+        models = load(teacher).requires_grad_(False), load(student)
+        peer = nullcontext() if arguments.without_trl else trl_steps(teacher, student, prompts, arguments.rounds + 1)
+        with peer as turn:
+            cases[name] = case = run_case(*models, prompts, arguments.rounds, turn)
         print(f"({name}) " + "  ".join(f"{key} {value:.2f} s" for key, value in case["seconds"].items()), end="  ")
         print(f"ratio {case['ratio_to_gkd']:.2f}  agreement {case['agreement']:.3f}", flush=True)
-        if not arguments.without_trl:
-            theirs = trl(
-                "step",
-                teacher=str(teacher_folder),
-                student=str(student_folder),
-                prompts=[prompt.tolist() for prompt in prompts],
-                new_tokens=NEW_TOKENS,
-                steps=4,
-                output=str(CACHE / "trl-output"),
-            )
-            case["trl"] = theirs
-            case["ratio_to_trl"] = case["seconds"]["switch"] / theirs["seconds"]
-            print(f"({name}) TRL {theirs['seconds']:.2f} s  ratio {case['ratio_to_trl']:.2f}", flush=True)
+        versions = case.pop("trl_versions")
     result = {
-        "conditions": conditions(),
+        "conditions": conditions() | {"trl": versions},
         "settings": {"batch": BATCH, "new_tokens": NEW_TOKENS, "rounds": arguments.rounds},
         "ratio_to_gkd": cases["a"]["ratio_to_gkd"],
-        "ratio_to_trl": cases["a"].get("ratio_to_trl"),
+        "ratio_to_trl": cases["a"]["ratio_to_trl"],
         "cases": cases,
     }
     publish("switch_step", result, arguments)

@@ -1,12 +1,14 @@
 """TRL's side of a comparison. Runs in TRL's own environment: nothing of this project but the meter beside it.
 
-python trl_side.py loss|step < OPTIONS.json        (last line: one JSON object)
+python trl_side.py loss|step        (the first line of its input: options as JSON)
+
+Every further line of its input is a turn: a loss, or a training step. Each is answered by a line, one JSON object.
 """
 
 import json
-import statistics
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,17 @@ def trainer_class() -> Any:
     return GKDTrainer
 
 
-def loss(tokens: int, vocabulary: int, width: int) -> dict[str, float]:
+def await_turn() -> None:
+    if not sys.stdin.readline():
+        sys.exit()
+
+
+def answer(**figures: float) -> None:
+    versions = {name: version(name) for name in ("trl", "torch", "transformers")}
+    print(json.dumps({**figures, "versions": versions}), flush=True)
+
+
+def loss(tokens: int, vocabulary: int, width: int) -> None:
     """GKD's loss, forward and backward from hidden states; the inputs are those of ``benchmarks/divergence.py``."""
     objective = trainer_class().generalized_jsd_loss
     generator = torch.Generator().manual_seed(1)
@@ -32,6 +44,7 @@ def loss(tokens: int, vocabulary: int, width: int) -> dict[str, float]:
     weight = torch.randn(vocabulary, width, generator=generator).div_(width**0.5).requires_grad_()
     teacher = hidden.detach() + 0.3 * torch.randn(tokens, width, generator=generator)
     labels = torch.zeros(1, tokens, dtype=torch.int64)
+    await_turn()
     with Peak() as peak:
         began = time.perf_counter()
         with torch.no_grad():
@@ -39,13 +52,11 @@ def loss(tokens: int, vocabulary: int, width: int) -> dict[str, float]:
         value = objective((hidden @ weight.T)[None], teacher_logits[None], labels=labels, beta=0.5)
         value.backward()
         seconds = time.perf_counter() - began
-    return {"seconds": seconds, "extra_bytes": peak.extra, "loss": value.item()}
+    answer(seconds=seconds, extra_bytes=peak.extra, loss=value.item())
 
 
-def step(
-    teacher: str, student: str, prompts: list[list[int]], new_tokens: int, steps: int, output: str
-) -> dict[str, float]:
-    """Median seconds of a GKD step with every sequence sampled by the student; the first step is not counted."""
+def step(teacher: str, student: str, prompts: list[list[int]], new_tokens: int, steps: int, output: str) -> None:
+    """Seconds of each GKD step, with every sequence sampled by the student."""
     import importlib
 
     from datasets import Dataset
@@ -65,14 +76,14 @@ def step(
         }
         for ids in prompts
     ]
-    times: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
+            await_turn()
             self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter() - self.began)
+            answer(seconds=time.perf_counter() - self.began)
 
     arguments = config_class(
         output_dir=output,
@@ -107,7 +118,6 @@ def step(
     trainer.generation_config.eos_token_id = None
     trainer.generation_config.min_new_tokens = new_tokens
     trainer.train()
-    return {"seconds": statistics.median(times[1:]), "first": times[0], "steps": len(times)}
 
 
 def question(text: str) -> str:
@@ -116,4 +126,4 @@ def question(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"loss": loss, "step": step}[sys.argv[1]](**json.load(sys.stdin))))
+    {"loss": loss, "step": step}[sys.argv[1]](**json.loads(sys.stdin.readline()))

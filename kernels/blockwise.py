@@ -142,12 +142,15 @@ class _Table:
         fed_BG = torch.stack([rows.token, *draft.tokens[:-1]], 1)
         logits_BGV = model.extend(fed_BG, rows.start, rows.last, rows.longest)
         pace.saw_forward(scorer, fed_BG.numel(), model.seconds)
+        written, limits = [self.written[s] for s in self.seq], [self.limits[s] for s in self.seq]
+        model.forwards.ran(written, fed_BG.shape[1], limits)
+        for j in range(fed_BG.shape[1]):
+            self.models[drafter].forwards.ran([t + j for t in written], 1, limits)
         if scorer == "teacher":
             draft.hidden = list(self.head.input_BQD.unbind(1))
         outcome_4B, ended_B = self._settle(rows, draft, logits_BGV, drafter, scorer)
         settled, student_stood, teacher_stood, token = outcome_4B.tolist()
         overhead = time.perf_counter() - began - sum(seconds) - model.seconds
-        written = [self.written[s] for s in self.seq]
         pace.saw_block(written, settled, student_stood, teacher_stood, len(draft.tokens), overhead)
         for row, sequence in enumerate(self.seq):
             self.written[sequence] += settled[row]

@@ -37,7 +37,8 @@ class Padded:
 
     def next(self, token_B: Tensor) -> Tensor:
         """Feed one token a row; logits [B, V] of the next."""
-        self.forwards += Forwards(1, len(token_B), len(token_B))
+        rows, t = len(token_B), self.forwards.calls
+        self.forwards.ran([t] * rows, 1, [t + 1] * rows)
         logits_BV = self._run(token_B[:, None], self.mask_BL)
         self.mask_BL = nn.functional.pad(self.mask_BL, (0, 1), value=True)
         return logits_BV

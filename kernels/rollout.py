@@ -5,6 +5,7 @@ Shapes: N sequences, B rows of them, T response positions, D the teacher's width
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
@@ -20,6 +21,18 @@ class Forwards:
     rows: int = 0  # summed over the calls: rows / emitted tokens is the model's forwards per token
     positions: int = 0  # summed over calls and rows
     prompt_positions: int = 0  # prefill, padding included
+    # By response position, positions past a row's limit apart: rows of calls that begin there, and that give it.
+    starts: Counter[int] = field(default_factory=Counter)
+    covers: Counter[int] = field(default_factory=Counter)
+
+    def ran(self, first: Sequence[int], width: int, limits: Sequence[int]) -> None:
+        """Count a call that gave each row `width` positions, from these on."""
+        self.calls += 1
+        self.rows += len(first)
+        self.positions += width * len(first)
+        self.starts.update(t for t, limit in zip(first, limits, strict=True) if t < limit)
+        for t, limit in zip(first, limits, strict=True):
+            self.covers.update(range(t, min(t + width, limit)))
 
     def __add__(self, other: Forwards) -> Forwards:
         return Forwards(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -52,6 +65,17 @@ class Stats:
     @property
     def teacher_forwards_per_token(self) -> float:
         return self.teacher.rows / max(1, self.tokens)
+
+    def by_position(self, longest: int) -> Tensor:
+        """int64 [8, T], T = `longest`: emitted, interventions, agreeing, cuts; the student's starts and covers, and the
+        teacher's."""
+        counts_8T = torch.zeros(8, longest, dtype=torch.int64)
+        for row, counts_T in enumerate((self.emitted_T, self.interventions_T, self.agreeing_T, self.cuts_T)):
+            counts_8T[row, : len(counts_T)] = counts_T
+        counters = self.student.starts, self.student.covers, self.teacher.starts, self.teacher.covers
+        for row, counter in enumerate(counters, 4):
+            counts_8T[row, list(counter)] = torch.tensor(list(counter.values()), dtype=torch.int64)
+        return counts_8T
 
     def __add__(self, other: Stats) -> Stats:
         def add(x_T: Tensor, y_T: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class _Layer(CacheLayerMixin):
 
 
 class RowModel:
-    """A causal language model on such a cache, with its forwards counted and timed."""
+    """A causal language model on such a cache, with its forwards timed; who calls `extend` counts them."""
 
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int):
         self.model, self.config = model, model.config.get_text_config()
@@ -119,7 +119,6 @@ class RowModel:
         logits_BQV = self._run(ids_BQ, positions_BQ, self._masks(positions_BQ, self.cursor.reads[1]))
         if logits_BQV.is_cuda:
             torch.cuda.synchronize(logits_BQV.device)
-        self.forwards += Forwards(1, rows, rows * width)
         self.seconds = time.perf_counter() - began
         return logits_BQV
 

@@ -56,7 +56,7 @@ class State:
     parity: dict[str, dict[str, float]] = field(default_factory=dict)  # by role: engine against training model
     data: dict[str, int] = field(default_factory=dict)  # rows and prompts, used and left out
     seconds: dict[str, float] = field(default_factory=dict)
-    positions: list[list[int]] = field(default_factory=list)  # emitted, interventions, agreeing, cuts; by position
+    positions: list[list[int]] = field(default_factory=list)  # the columns of table `positions`
     steps: list[dict[str, float | None]] = field(default_factory=list)
     pool: list[Sequence] = field(default_factory=list)  # rollouts that are trained on again; the oldest first
 

@@ -191,8 +191,7 @@ class Feed:
 
     def counts(self, load: Load) -> Tensor:
         """What a step sums over workers, as one vector: weighted tokens on and off policy, tokens, sequences of the
-        pool; rollouts, their tokens, how many ended themselves; then, by position, emitted, interventions, agreeing and
-        cuts [4 x T]."""
+        pool; rollouts, their tokens, how many ended themselves; then the rollouts' counts by position [8 x T]."""
         sequences, written, stats = load.sequences, load.written, load.stats
         eos = set(self.plan.student.eos_token_ids)
         weights = {
@@ -208,8 +207,6 @@ class Feed:
             sum(len(sequence.response) for sequence in written),
             sum(int(sequence.response[-1]) in eos for sequence in written),
         ]
-        positions_4T = torch.zeros(4, self.method.max_new_tokens, dtype=torch.float64)
-        if stats:
-            for row, counts_T in enumerate((stats.emitted_T, stats.interventions_T, stats.agreeing_T, stats.cuts_T)):
-                positions_4T[row, : len(counts_T)] = counts_T
-        return torch.cat([torch.tensor(scalars, dtype=torch.float64), positions_4T.flatten()])
+        longest = self.method.max_new_tokens
+        positions_8T = stats.by_position(longest).double() if stats else torch.zeros(8, longest, dtype=torch.float64)
+        return torch.cat([torch.tensor(scalars, dtype=torch.float64), positions_8T.flatten()])

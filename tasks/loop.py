@@ -53,7 +53,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(
             self.student.trained().values(), betas=self.config.betas, weight_decay=self.config.weight_decay
         )
-        self.state = State(positions=[[0] * self.method.max_new_tokens for _ in range(4)])
+        self.state = State(positions=[[0] * self.method.max_new_tokens for _ in range(8)])
         self.saved_at = 0
 
     def step(self) -> dict[str, Any]:
@@ -90,8 +90,8 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-        positions_4T = counts[7:].long().view(4, self.method.max_new_tokens)
-        state.positions = (torch.tensor(state.positions) + positions_4T).tolist()
+        positions_8T = counts[7:].long().view(8, self.method.max_new_tokens)
+        state.positions = (torch.tensor(state.positions) + positions_8T).tolist()
         state.teacher_tokens += int(rollout_tokens)
         state.step += 1
         seconds = time.monotonic() - started
@@ -108,7 +108,7 @@ class Loop:
             "tokens": int(tokens),
             "seconds": seconds,
             "rollout_seconds": rollout_seconds,
-            "intervention_rate": int(positions_4T[1].sum()) / rollout_tokens if rollouts else None,
+            "intervention_rate": int(positions_8T[1].sum()) / rollout_tokens if rollouts else None,
             "response_length": rollout_tokens / rollouts if rollouts else None,
             "eos_rate": ended / rollouts if rollouts else None,
             "teacher_tokens": int(rollout_tokens),

@@ -213,7 +213,7 @@ class Together(OnPolicy):
         drafter: Role | None = "student" if settings.block else None
         # What a rollout learns about speed and acceptance serves the next one.
         self.decode: Callable[..., Rollout] = partial(
-            decode.blockwise, block=settings.block, drafter=drafter, pace=decode.Pace()
+            decode.blockwise, block=settings.block, slots=settings.slots, drafter=drafter, pace=decode.Pace()
         )
         if isinstance(settings, config.Skd):
             self.sampling = decode.Sampling(settings.temperature, settings.top_p)

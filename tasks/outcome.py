@@ -17,7 +17,7 @@ def summary(state: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any
     """The stage's facts from its last state and its curve."""
     rolled = [row for row in steps if row["rollouts"]]
     rollouts = [row["rollouts"] for row in rolled]
-    emitted, interventions, agreeing, cuts = map(sum, state["positions"])
+    emitted, interventions, agreeing, cuts, student_forwards, _, teacher_forwards, _ = map(sum, state["positions"])
     tokens, best = sum(row["tokens"] for row in steps), state["best"] or {}
     return {
         "steps": state["step"],
@@ -31,6 +31,8 @@ def summary(state: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any
         "intervention_rate": interventions / emitted if emitted else None,
         "agreeing_interventions": agreeing / interventions if interventions else None,
         "cut_rate": cuts / emitted if emitted else None,
+        "student_forwards_per_token": student_forwards / emitted if emitted else None,
+        "teacher_forwards_per_token": teacher_forwards / emitted if emitted else None,
         "eos_rate": sum(row["eos_rate"] * n for row, n in zip(rolled, rollouts, strict=True)) / sum(rollouts)
         if rolled
         else None,

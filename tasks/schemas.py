@@ -141,7 +141,7 @@ STEP = pa.schema(
     ]
 )
 
-# Interventions by response position, summed over the stage.
+# Rollouts by response position, summed over the stage. Forwards are those of rows while they decode.
 POSITION = pa.schema(
     [
         ("position", pa.int32()),
@@ -149,6 +149,10 @@ POSITION = pa.schema(
         ("interventions", pa.int64()),
         ("agreeing", pa.int64()),  # interventions whose token was the student's draft as well
         ("cuts", pa.int64()),
+        ("student_forwards", pa.int64()),  # that begin at this position
+        ("student_covered", pa.int64()),  # that give this position, perhaps among others
+        ("teacher_forwards", pa.int64()),
+        ("teacher_covered", pa.int64()),
     ]
 )
 

@@ -219,6 +219,8 @@ class Minillm(RollsOut):
     """Its share of cross entropy; KL(p‖q) has the rest."""
     block: int | None = Field(default=None, ge=1)
     """Tokens drafted at once. Absent: by measured speed, so two runs differ in rounding."""
+    slots: int | None = Field(default=None, ge=1)
+    """Rollouts written at once, to bound memory; as one ends the next one joins. Absent: all. Changes no token."""
 
     @property
     def rollout_share(self) -> float:
@@ -260,6 +262,8 @@ class Skd(OnPolicy):
     """A drafted token stays if it is among so many of the teacher's best."""
     block: int | None = Field(default=5, ge=1)
     """Tokens drafted at once. Absent: by measured speed."""
+    slots: int | None = Field(default=None, ge=1)
+    """Rollouts written at once, to bound memory; as one ends the next one joins. Absent: all. Changes no token."""
     temperature: float = Field(default=0.5, gt=0, le=2)
     """The student's."""
     top_p: float = Field(default=0.5, gt=0, le=1)
@@ -294,6 +298,9 @@ class Switch(OnPolicy):
     """Both write the same tokens; ``reference`` asks both models for every one."""
     block: int | None = Field(default=None, ge=1)
     """Tokens that ``blockwise`` drafts at once. Absent: by measured speed, so two runs differ in rounding."""
+    slots: int | None = Field(default=None, ge=1)
+    """Rollouts that ``blockwise`` writes at once, to bound memory; as one ends the next one joins. Absent: all. Changes
+    no token."""
 
 
 Method = Annotated[

@@ -88,6 +88,20 @@ def assert_same(got: Rollout, want: Rollout, cuts: bool = False) -> None:
         assert torch.equal(getattr(got.stats, name), getattr(want.stats, name)), name
 
 
+def assert_forwards(got: Rollout, want: Rollout, drafter: str | None) -> None:
+    """Per token both models run once at every emitted position; in blocks both give the same positions."""
+    longest = len(want.stats.emitted_T)
+    for counts_T in want.stats.by_position(longest)[4:]:
+        assert torch.equal(counts_T, want.stats.emitted_T)
+    starts_T, covers_T, teacher_starts_T, teacher_covers_T = got.stats.by_position(longest)[4:]
+    assert torch.equal(covers_T, teacher_covers_T)
+    assert (covers_T >= got.stats.emitted_T).all()
+    if drafter:
+        assert torch.equal(starts_T if drafter == "student" else teacher_starts_T, covers_T)
+    for forwards, sum_ in ((got.stats.student, starts_T.sum()), (got.stats.teacher, teacher_starts_T.sum())):
+        assert sum_ <= forwards.rows
+
+
 def check(lengths, limits, eos_ids, distance, gate, seed, block, slots, drafter, **more) -> None:
     prompts, keys = make_prompts(lengths, seed)
     arguments = STUDENTS[distance], TEACHER, prompts, keys, gate
@@ -95,12 +109,14 @@ def check(lengths, limits, eos_ids, distance, gate, seed, block, slots, drafter,
     want = reference(*arguments, **settings_)
     got = blockwise(*arguments, **settings_, block=block, slots=slots, drafter=drafter)
     assert_same(got, want, cuts=drafter == "student")
+    assert_forwards(got, want, drafter)
     for tokens, limit in zip(want.tokens, limits, strict=True):
         assert len(tokens) == limit or int(tokens[-1]) in eos_ids
         assert not set(tokens[:-1].tolist()) & set(eos_ids)
 
 
-rows = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 14)), min_size=1, max_size=16)
+# Limits beyond the longest block, or it would never be drafted.
+rows = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20)), min_size=1, max_size=16)
 cases = {
     "rows": rows,
     "eos_ids": st.sets(st.integers(0, VOCAB - 1), max_size=6),
@@ -120,6 +136,7 @@ def run_case(rows, eos_ids, **case) -> None:
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(case=st.fixed_dictionaries(cases))
 def test_blockwise_is_the_reference(gate, case):
+    """Both paddings with it: the reference pads rows on the left, blocks are fed from buffers padded on the right."""
     run_case(gate=gate, **case)
 
 
@@ -129,6 +146,25 @@ def test_blockwise_is_the_reference(gate, case):
 @given(case=st.fixed_dictionaries(cases))
 def test_blockwise_is_the_reference_long(gate, case):
     run_case(gate=gate, **case)
+
+
+@pytest.mark.parametrize("drafter", ["student", "teacher"])
+@pytest.mark.parametrize("block", [15, 16])
+def test_the_longest_blocks_are_drafted_whole_and_change_nothing(block, drafter):
+    prompts, keys = make_prompts([3, 1, 9, 5], block)
+    for distance, gate in ((0.001, ExponentialDecay()), (0.2, Constant(value=0.1)), (0.05, Coin(teacher_share=0.5))):
+        arguments = STUDENTS[distance], TEACHER, prompts, keys, gate
+        limits = {"max_new_tokens": [40, 20, 33, 40], "eos_ids": []}
+        want = reference(*arguments, **limits)
+        widths: list[int] = []
+        scorer = TEACHER if drafter == "student" else STUDENTS[distance]
+        hook = scorer.register_forward_pre_hook(
+            lambda model, args, fed, widths=widths: widths.append(fed["input_ids"].shape[1]), with_kwargs=True
+        )
+        got = blockwise(*arguments, **limits, block=block, drafter=drafter)
+        hook.remove()
+        assert_same(got, want, cuts=drafter == "student")
+        assert widths[1] == max(widths) == block  # behind the prompts, of at most 9 tokens
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

@@ -1,6 +1,7 @@
 """The fused losses against the plain ones: values, gradients, and everything that must not change a result."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,6 +130,50 @@ def fused(c: Case, divergence: Divergence, chunk_size: int | None = None) -> tup
     )
 
 
+def stored(c: Case, k: int, *, sampled: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The fused loss against the teacher's `k` best tokens, with its tail or (every importance 1) as a sample."""
+    with torch.no_grad():
+        log_p_NK, ids_NK = (
+            teacher_logits(replace(c, teacher_hidden_NG=c.teacher_hidden_NG.nan_to_num())).log_softmax(-1).topk(k)
+        )
+    log_tail_N = torch.log1p(-log_p_NK.exp().sum(-1).clamp(max=1))
+    importance_NK = torch.ones_like(log_p_NK) if sampled else None
+
+    def loss(c: Case, divergence: Divergence = jsd(), chunk_size: int | None = None) -> tuple[Tensor, Tensor]:  # noqa: B008
+        blank = c.teacher_hidden_NG.isnan().any(-1)[:, None]
+        return fused_topk_divergence(
+            c.student_hidden_NH,
+            c.student_weight_VH,
+            ids_NK,
+            log_p_NK.masked_fill(blank, math.nan),
+            None if sampled else log_tail_N.masked_fill(blank[:, 0], math.nan),
+            c.weights_N,
+            divergence,
+            importance_NK=importance_NK,
+            student_bias_V=c.student_bias_V,
+            chunk_size=chunk_size,
+        )
+
+    return loss
+
+
+def hard(c: Case, divergence: Divergence | None = None, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
+    targets_N = torch.zeros(len(c.weights_N), dtype=torch.int64)
+    return fused_cross_entropy(c.student_hidden_NH, c.student_weight_VH, targets_N, c.weights_N, chunk_size=chunk_size)
+
+
+def every_loss(c: Case, k: int = 4) -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
+    return {
+        "full": fused,
+        "top": stored(c, k, sampled=False),
+        "sampled": stored(c, k, sampled=True),
+        "cross entropy": hard,
+    }
+
+
+losses = pytest.mark.parametrize("kind", ["full", "top", "sampled", "cross entropy"])
+
+
 def same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], learned: list[Tensor], **tolerance: float) -> None:
     torch.testing.assert_close(got[0].double(), want[0].detach(), **tolerance)
     torch.testing.assert_close(got[1].double(), want[1].detach(), **tolerance)
@@ -196,19 +241,54 @@ def test_student_equal_to_teacher_is_zero(divergence: Divergence) -> None:
 
 
 @every
-def test_no_position_gives_zero_and_zero_gradients(divergence: Divergence) -> None:
-    c = case(4, 6)
+@pytest.mark.parametrize("k", [4, 11])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_student_equal_to_a_stored_teacher_is_zero(divergence: Divergence, k: int, sampled: bool) -> None:
+    if sampled and k < 11 and divergence.impossible:
+        pytest.skip("a sample of some tokens is right on average only")
+    c = case(6, 11, extras=False)
+    c = replace(c, teacher_hidden_NG=c.student_hidden_NH.detach(), teacher_weight_VG=c.student_weight_VH.detach())
+    loss, loss_N = stored(c, k, sampled=sampled)(c, divergence)
+    assert loss_N.abs().max() < 1e-12
+    if not divergence.variation and (k == 11 or not sampled):
+        assert all(grad.abs().max() < 1e-12 for grad in torch.autograd.grad(loss, c.learned))
+
+
+@losses
+@every
+def test_no_position_gives_zero_and_zero_gradients(divergence: Divergence, kind: str) -> None:
+    c = case(4, 6, extras=kind == "full")
+    loss_of = every_loss(c)[kind]
     hidden_NH = c.student_hidden_NH.detach().fill_(math.nan).requires_grad_()
-    for empty in (
-        replace(c, student_hidden_NH=hidden_NH, weights_N=torch.zeros(4)),
-        replace(
-            c, student_hidden_NH=hidden_NH[:0], teacher_hidden_NG=c.teacher_hidden_NG[:0], weights_N=torch.zeros(0)
-        ),
-    ):
-        loss, loss_N = fused(empty, divergence)
+    masked = replace(c, student_hidden_NH=hidden_NH, weights_N=torch.zeros(4))
+    masked = replace(masked, teacher_hidden_NG=torch.full_like(c.teacher_hidden_NG, math.nan))
+    empty = replace(
+        c, student_hidden_NH=hidden_NH[:0], teacher_hidden_NG=c.teacher_hidden_NG[:0], weights_N=torch.zeros(0)
+    )
+    for blank, loss_blank in ((masked, loss_of), (empty, every_loss(empty)[kind])):
+        loss, loss_N = loss_blank(blank, divergence)
         assert loss.item() == 0.0
         assert (loss_N == 0).all()
-        assert all((grad == 0).all() for grad in torch.autograd.grad(loss, empty.learned))
+        assert all((grad == 0).all() for grad in torch.autograd.grad(loss, blank.learned))
+
+
+@losses
+@every
+def test_what_is_in_masked_positions_changes_nothing(divergence: Divergence, kind: str) -> None:
+    c = case(7, 9, extras=kind == "full")
+    loss_of, hidden_NH = every_loss(c)[kind], c.student_hidden_NH.detach().clone()
+    want = loss_of(c, divergence)
+    masked_N = c.weights_N == 0
+    teacher_NG = c.teacher_hidden_NG.masked_fill(masked_N[:, None], math.nan)
+    blank = replace(c, student_hidden_NH=hidden_NH, teacher_hidden_NG=teacher_NG)
+    hidden_NH[masked_N] = math.nan
+    hidden_NH.requires_grad_()
+    got = loss_of(blank, divergence)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    for got_grad, want_grad in zip(
+        torch.autograd.grad(got[0], blank.learned), torch.autograd.grad(want[0], c.learned), strict=True
+    ):
+        torch.testing.assert_close(got_grad, want_grad, rtol=0, atol=0)
 
 
 def test_micro_batches_and_padding_sides_change_nothing() -> None:
@@ -283,11 +363,13 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@losses
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nothing_of_tokens_by_vocabulary_is_ever_held(dtype: torch.dtype) -> None:
+def test_nothing_of_tokens_by_vocabulary_is_ever_held(dtype: torch.dtype, kind: str) -> None:
     c = case(300, 70, dtype=dtype)
+    loss_of = every_loss(c)[kind]
     with LargestTensor() as largest:
-        fused(c, jsd(), chunk_size=8)[0].backward()
+        loss_of(c, jsd(), chunk_size=8)[0].backward()
     # Hidden states (300 × 5) are the largest thing left; a chunk of logits is 8 × 70, all logits would be 300 × 70.
     assert largest.elements == 300 * 5
 

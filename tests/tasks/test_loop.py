@@ -14,9 +14,12 @@ from torch import Tensor
 from toys import commit_inputs, kept_rows, save_model, stage_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from infra.models import load_model
 from infra.store import LocalStore
+from kernels.codec import encode_top
 from tasks.batches import row_sequence
 from tasks.checkpoint import load, save
+from tasks.feed import Feed
 from tasks.loop import Loop, proceed, start
 from tasks.plan import Plan
 from tasks.student import World, full
@@ -37,7 +40,8 @@ class Toys:
         self.store = LocalStore(root)
         student = save_model(self.store, "student", seed=1)
         teacher = save_model(self.store, "teacher", seed=2, hidden=64, spread=0.2)
-        self.models = {"student": student, "teacher": teacher, "twin": student}
+        tied = save_model(self.store, "tied", seed=3, tie_word_embeddings=True)
+        self.models = {"student": student, "teacher": teacher, "twin": student, "tied": tied}
         self.inputs = commit_inputs(self.store, self.models, kept_rows(48))
 
     def plan(self, method: dict[str, Any] | None = None, settings: dict[str, Any] | None = None, **train: Any) -> Plan:
@@ -148,12 +152,16 @@ def test_best_or_last_weights_are_kept(toys: Toys, tmp_path: Path) -> None:
 def test_switch_records_who_wrote_what(toys: Toys) -> None:
     loop = Loop(toys.plan({**SWITCH, "on_policy_share": 0.5}), ALONE)
     rows = [loop.step() for _ in range(4)]
-    emitted, interventions, agreeing, cuts = loop.state.positions
+    emitted, interventions, agreeing, cuts, drafted, covered, scored, read = loop.state.positions
     assert sum(emitted) == loop.state.teacher_tokens == sum(row["teacher_tokens"] for row in rows)
     assert 0 < sum(interventions) < sum(emitted)
     assert all(a <= i <= e for a, i, e in zip(agreeing, interventions, emitted, strict=True))
     # A position is cut only where the teacher wrote another token than the student's.
     assert sum(cuts) <= sum(interventions) - sum(agreeing)
+    # The student drafts, so each of its forwards gives one position; the teacher reads the same ones in fewer.
+    assert drafted == covered == read
+    assert all(c >= e for c, e in zip(covered, emitted, strict=True))
+    assert sum(emitted) / 4 <= sum(scored) < sum(emitted)
     assert loop.state.prompts_drawn + loop.state.rows_drawn == 4 * 8
     assert 0 < loop.state.prompts_drawn < 4 * 8
     for row in rows:
@@ -190,10 +198,29 @@ def test_rollouts_ahead_are_the_same_rollouts_of_an_older_student(toys: Toys, mo
     for strict, ahead in zip(*rows, strict=True):
         for name in ("loss", "tokens", "intervention_rate", "response_length", "eos_rate", "teacher_tokens"):
             assert ahead[name] == pytest.approx(strict[name], rel=1e-4), name
-    assert loops[0].state.positions == loops[1].state.positions
+    # Not the forwards: a row that ended is drafted on beside rows that did not.
+    assert loops[0].state.positions[:4] == loops[1].state.positions[:4]
     # Three steps are rolled out together, then the two that are left.
     assert len(asked) == 2
     assert sum(asked) == loops[0].state.prompts_drawn
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_slots_bound_the_rows_at_once_and_change_nothing(toys: Toys, ahead: int) -> None:
+    still = {"learning_rate": 1e-12, "steps": 3, "rollouts_ahead": ahead}
+    method = {**SWITCH, "on_policy_share": 1.0}
+    loops = [Loop(toys.plan({**method, "slots": slots}, **still), ALONE) for slots in (None, 3)]
+    seen: list[list[int]] = [[], []]
+    for loop, rows in zip(loops, seen, strict=True):
+        loop.method.teacher.register_forward_pre_hook(
+            lambda model, args, given, rows=rows: rows.append(len(given["input_ids"])), with_kwargs=True
+        )
+    for _ in range(3):
+        one, other = (loop.step() for loop in loops)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["tokens"] == other["tokens"]
+    assert loops[0].state.positions[:4] == loops[1].state.positions[:4]
+    assert [max(rows) for rows in seen] == [8 * (ahead + 1), 3]
 
 
 def test_rollouts_ahead_keep_the_cap(toys: Toys) -> None:
@@ -205,12 +232,16 @@ def test_rollouts_ahead_keep_the_cap(toys: Toys) -> None:
     assert loop.state.capped == loop.state.rows_drawn == 32 - loop.state.prompts_drawn
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["type"])
+@pytest.mark.parametrize(
+    ("method", "ahead"),
+    [*((method, 0) for method in METHODS), (SWITCH, 1)],
+    ids=lambda value: value["type"] if isinstance(value, dict) else str(value),
+)
 @pytest.mark.parametrize("resumed_after", [2, 4])
 def test_resumed_run_is_bitwise_the_uninterrupted_one(
-    toys: Toys, tmp_path: Path, method: dict[str, Any], resumed_after: int
+    toys: Toys, tmp_path: Path, method: dict[str, Any], ahead: int, resumed_after: int
 ) -> None:
-    plan = toys.plan(method, steps=7)
+    plan = toys.plan(method, steps=7, rollouts_ahead=ahead)
     _, whole = run_all(plan, tmp_path / "whole")
     assert [folder.name for folder in whole] == ["step-2", "step-4", "step-6", "step-7"]
     done = resumed_after // 2
@@ -224,6 +255,28 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
         assert curves[0].select(timeless).equals(curves[1].select(timeless))
     assert pq.read_table(whole[-1] / "steps.parquet")["step"].to_pylist() == list(range(1, 8))
     assert start(plan, ALONE, whole[-1]) is None
+
+
+def test_resumed_amid_rollouts_ahead_goes_on_with_the_same_draws(toys: Toys, tmp_path: Path, monkeypatch: Any) -> None:
+    # Steps 1 to 3 are rolled out together, and the checkpoint of step 2 lies between: step 3 is rolled out anew, by the
+    # student of step 2, which is younger than it might be. What is drawn, and with which noise, stays.
+    plan = toys.plan(SWITCH, steps=7, rollouts_ahead=2)
+    drawn: list[list[str]] = []
+    fill = Feed._fill
+
+    def watched(feed: Feed, *given: Any) -> None:
+        fill(feed, *given)
+        drawn.append([draw.name for load in feed.ready for draw in load.draws])
+
+    monkeypatch.setattr(Feed, "_fill", watched)
+    _, whole = run_all(plan, tmp_path / "whole")
+    assert [len(names) for names in drawn] == [24, 24, 8]
+    first, drawn[:] = [name for names in drawn for name in names], []
+    loop, resumed = run_all(plan, tmp_path / "resumed", whole[0])
+    assert [len(names) for names in drawn] == [8, 24, 8]
+    assert [name for names in drawn for name in names] == first[16:]
+    assert [folder.name for folder in resumed] == ["step-4", "step-6", "step-7"]
+    assert [row["step"] for row in loop.state.steps] == list(range(1, 8))
 
 
 def test_adapters_are_merged_into_a_plain_student(toys: Toys, tmp_path: Path) -> None:
@@ -256,6 +309,34 @@ def test_infinite_loss_stops_with_step_rows_and_last_checkpoint(toys: Toys, tmp_
         run_all(plan, tmp_path)
 
 
+def test_kd_on_stored_distributions_learns_without_the_teacher(tmp_path: Path, monkeypatch: Any) -> None:
+    store, rows, blobs = LocalStore(tmp_path), kept_rows(16), []
+    models = {
+        name: save_model(store, name, seed=7, spread=spread) for name, spread in (("student", 0.02), ("teacher", 0.2))
+    }
+    teacher = load_model(store.root / models["teacher"].path, "float32")
+    for index in range(16):
+        sequence = row_sequence(rows, index)
+        with torch.no_grad():
+            logits_LV = teacher(torch.cat([sequence.prompt, sequence.response])[None]).logits[0]
+        logprobs_TV = logits_LV[len(sequence.prompt) - 1 : -1].log_softmax(-1)
+        blobs.append(encode_top(logprobs_TV, mass=1.0, limit=255, min_prob=0.0, resolution=55))
+    column = rows.column_names.index("distributions")
+    inputs = commit_inputs(store, models, rows.set_column(column, "distributions", pa.array(blobs, pa.binary())))
+    train = {"steps": 6, "learning_rate": 1e-2, "warmup_steps": 2, "validation_share": 0.0}
+    live, stored = (
+        plan_of(stage_of(store, inputs, {**train, "method": {"type": "kd", "annotated": source}}))
+        for source in ("live", "stored")
+    )
+    first = Loop(live, ALONE).step()["loss"]
+    monkeypatch.delattr("tasks.loop.load_model")  # the teacher's; the student has its own
+    loop = Loop(stored, ALONE)
+    assert loop.method.teacher is None
+    losses = [loop.step()["loss"] for _ in range(6)]
+    assert losses[0] == pytest.approx(first, rel=0.02)
+    assert losses[-1] < losses[0]
+
+
 def test_no_rows_and_no_room_for_prompts_are_said(toys: Toys) -> None:
     with pytest.raises(ValueError, match=r"no prompts to roll out .*raise train.max_length"):
         Loop(toys.plan({**SWITCH, "max_new_tokens": 30}, max_length=31), ALONE)
@@ -278,13 +359,17 @@ def process_group(tmp_path: Path) -> Any:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", METHODS[1:], ids=lambda method: method["type"])
+@pytest.mark.parametrize(
+    ("method", "student"),
+    [*((method, "student") for method in METHODS[1:]), (SWITCH, "tied")],
+    ids=lambda value: value["type"] if isinstance(value, dict) else value,
+)
 def test_sharded_student_learns_the_same(
-    toys: Toys, tmp_path: Path, process_group: None, method: dict[str, Any]
+    toys: Toys, tmp_path: Path, process_group: None, method: dict[str, Any], student: str
 ) -> None:
-    plain, sharded = (
-        Loop(toys.plan(method, micro_batch=4).model_copy(update={"sharded": shard}), ALONE) for shard in (False, True)
-    )
+    plan = toys.plan(method, {"student": student}, micro_batch=4)
+    plain, sharded = (Loop(plan.model_copy(update={"sharded": shard}), ALONE) for shard in (False, True))
+    assert any("lm_head" in name for name in sharded.student.trained()) == (student != "tied")
     for loop in (plain, sharded):
         loop.state.start_loss = loop.validate()
         loop.step()

@@ -137,6 +137,27 @@ def test_rollout_brings_the_teachers_hidden_states_along(decoder: str) -> None:
     torch.testing.assert_close(mixed_NG, read_NG, rtol=1e-4, atol=1e-4)
 
 
+def test_a_switch_step_asks_the_teacher_for_nothing_behind_its_rollout() -> None:
+    student, teacher, read = llama(0), llama(1), []
+    teacher.model.register_forward_pre_hook(lambda *_: read.append(1))
+    method = method_of(config.Switch(max_new_tokens=9, block=3), teacher, 50)
+    prompts = [ids(1, 5, 6), ids(1, 9)]
+    rollout = method.rollout(student, prompts, [11, 12], [2])
+    assert rollout.teacher_hidden is not None
+    asked = len(read)
+    assert asked > 0
+    rolled = [
+        Sequence("", prompt, tokens, on_policy=True, teacher_hidden_TG=hidden_TG)
+        for prompt, tokens, hidden_TG in zip(prompts, rollout.tokens, rollout.teacher_hidden, strict=True)
+    ]
+    loss = loss_of(method, student, rolled)
+    assert len(read) == asked
+    # Without its hidden states it is read once, to the same loss.
+    again = loss_of(method, student, [replace(sequence, teacher_hidden_TG=None) for sequence in rolled])
+    assert len(read) == asked + 1
+    assert again == pytest.approx(loss, rel=1e-4)
+
+
 def test_gkd_minimises_the_jsd_on_what_the_student_writes_alone() -> None:
     student, teacher = llama(0), llama(1)
     method = method_of(config.Gkd(max_new_tokens=7), teacher, 50)

@@ -136,7 +136,8 @@ def test_stage_on_two_workers_is_that_on_one(
         found, wanted = ([math.nan if row[name] is None else row[name] for row in part] for part in (rows, expected))
         assert found == pytest.approx(wanted, rel=1e-6 if name in exact else 1e-4, nan_ok=True), name
     counts = read_rows(store, stage.manifest, "positions").to_pydict()
-    assert [counts[name] for name in POSITION.names[1:]] == loop.state.positions
+    # Not the forwards: a row that ended is drafted on beside rows that did not.
+    assert [counts[name] for name in POSITION.names[1:5]] == loop.state.positions[:4]
     assert (0 < stage.facts["intervention_rate"] < 1) == (method is not DISTILLM)
     assert (stage.facts["pooled"] > 0) == (method is not SWITCH)
     assert stage.facts["online_teacher_tokens"] == sum(counts["emitted"])
