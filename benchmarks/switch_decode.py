@@ -28,6 +28,7 @@ import torch
 from benchmarks.conditions import conditions, options, publish
 from benchmarks.pairs import chat, held_out, load, raw_pair, templated_pair
 from benchmarks.replay import Cost, optimum, replay, stood
+from infra.memory import keep_freed_memory
 from kernels.decode import Pace, Rollout, blockwise, reference
 from kernels.gate import Constant, ExponentialDecay, LinearDecay
 from kernels.margin import first_difference, margin
@@ -233,6 +234,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dolly", type=Path, default=Path("../shared/data/dolly_test.jsonl"))
     arguments = parser.parse_args()
+    # As training does.
+    keep_freed_memory()
     from infra.models import load_tokenizer
 
     same = identical()

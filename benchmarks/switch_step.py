@@ -20,6 +20,7 @@ import torch
 from benchmarks.conditions import CACHE, conditions, options, publish
 from benchmarks.pairs import BATCH, held_out, load, raw_pair, templated_pair
 from benchmarks.peer import trl
+from infra.memory import keep_freed_memory
 from kernels.noise import sequence_key
 from tasks.batches import Sequence, collate
 from tasks.catalogue import method_of
@@ -118,6 +119,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--without-trl", action="store_true", help="skip TRL, whose steps take half a minute each")
     arguments = parser.parse_args()
+    # As training does.
+    keep_freed_memory()
     from infra.models import load_tokenizer
 
     pair, raw = templated_pair(), raw_pair()
