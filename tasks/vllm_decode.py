@@ -50,9 +50,10 @@ class InVllm:
         self, student: Any, teacher: Any, prompts: Sequence[Tensor], keys_B: Tensor, gate: Gate, **settings: Any
     ) -> Rollout:
         given = (student, teacher, prompts, keys_B, gate)
-        if not self.fallen and self._fits(*given, **settings):
+        if not self.fallen:
             try:
-                return self._decode(*given, **settings)
+                if self._fits(*given, **settings):
+                    return self._decode(*given, **settings)
             except Exception as error:  # of any kind: what changes inside vLLM shows anyhow
                 self.ask, self.fallen = None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 log.warning("decoder vllm is not used, blockwise decodes in torch: %s", self.fallen)

@@ -99,6 +99,7 @@ class SwitchWorker:
         self._seq_B, self._drafted = torch.tensor(seq), []
         return SamplerOutput(sampled_token_ids=emitted_BG, logprobs_tensors=None)
 
+    @torch.inference_mode(False)  # what the rollout keeps takes part in a loss
     def _stand(self, seq: list[int], drafted_BG: Tensor, logits_BGV: Tensor, hidden_BGD: Tensor) -> Tensor:
         """The tokens of these rows' blocks up to the first that is not the draft or ends its row; -1 behind [B, G]."""
         rules, record, seq_B = self._rules, self._record, torch.tensor(seq)
@@ -139,6 +140,7 @@ class SwitchEngine:
             dtype="float32",
             max_model_len=max_length,
             max_num_batched_tokens=max_length,
+            # A row takes a block, the token before it and a place to draft behind it.
             max_num_seqs=max_length // (block + 2),
             kv_cache_memory_bytes=GIB,
             # What a prompt left in the cache is of no use to the next student.

@@ -3,13 +3,17 @@
 import logging
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from toys import commit_inputs, kept_rows, save_model, stage_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tasks.vllm_decode
+from infra.manifest import read_rows
+from infra.store import LocalStore
 from kernels.decode import Rollout, Sampling, blockwise
 from kernels.gate import Adaptive, Coin, Constant, ExponentialDecay
 from kernels.margin import first_difference, margin
@@ -18,6 +22,7 @@ from kernels.rules import Rules
 from tasks.catalogue import method_of
 from tasks.config import methods as config
 from tasks.methods import Together
+from tasks.train import run
 from tasks.vllm_decode import NEAR_TIE, TESTED, InVllm
 
 torch.set_num_threads(1)
@@ -214,7 +219,7 @@ def test_vllm_writes_the_torch_decoders_tokens(tied: bool, cluster: None) -> Non
     # A student of another depth.
     other, shallow = llama(5, layers=1, tied=tied), InVllm(blockwise, block=3)
     agreements.append(compared(shallow, other, teacher, ExponentialDecay(), prompts[:9], keys[:9]))
-    assert min(agreements) < 0.7 < max(agreements)
+    assert min(agreements) < 0.75 < max(agreements)
 
 
 @pytest.mark.long
@@ -224,3 +229,30 @@ def test_weights_that_do_not_arrive_are_noticed(cluster: None, caplog: pytest.Lo
     decoder(STUDENT, TEACHER, PROMPTS, KEYS, ExponentialDecay(), **ASKED)
     assert decoder.fallen
     assert "its tokens are not the torch decoder's" in decoder.fallen
+
+
+@pytest.mark.long
+def test_a_training_stage_with_it_and_with_the_torch_decoder(
+    cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LocalStore(tmp_path)
+    models = {
+        "student": save_model(store, "student", seed=1, hidden=64, layers=1, spread=0.1),
+        "teacher": save_model(store, "teacher", seed=2, hidden=64, spread=0.2),
+    }
+    inputs = commit_inputs(store, models, kept_rows(48))
+    short = {"steps": 4, "validate_every": 4, "checkpoint_every": 4, "learning_rate": 1e-2}
+    losses = []
+    for decoder in ("blockwise", "vllm"):
+        method = {"type": "switch", "max_new_tokens": 10, "block": 4, "decoder": decoder}
+        stage = stage_of(store, inputs, {**short, "method": method})
+        run(stage)
+        losses.append(read_rows(store, stage.manifest, "steps")["loss"].to_pylist())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert not caplog.records
+    # What a worker warns of reaches the stage's log.
+    stage = stage_of(store, inputs, {**short, "method": method, "lora": {"rank": 2}})
+    run(stage)
+    (record,) = caplog.records
+    assert "decoder vllm is not used" in record.getMessage()
+    assert "adapters" in record.getMessage()
