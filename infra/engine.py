@@ -66,17 +66,21 @@ class EngineSpec(BaseModel):
         """Of the actor's process. On CPU the engine core runs inside it: its own process takes 20 s more to start."""
         if self.gpu:
             return {"HF_HUB_DISABLE_TELEMETRY": "1", "VLLM_NO_USAGE_STATS": "1"}
-        threads = str(self.threads or os.cpu_count() or 1)
-        return {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            # Bound threads would pin every engine of a machine to the same cores as the trainer's.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": threads,
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "GOMP_SPINCOUNT": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-        }
+        return cpu_environment(self.threads)
+
+
+def cpu_environment(threads: int = 0) -> dict[str, str]:
+    """Of a process that runs vLLM on a CPU with so many threads (0: all cores)."""
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # Bound threads would pin every engine of a machine to the same cores as the trainer's.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(threads or os.cpu_count() or 1),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
 
 
 class Engine:

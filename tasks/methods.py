@@ -23,6 +23,7 @@ from kernels.rules import Role
 from tasks.batches import Batch, Sequence, collate
 from tasks.config import methods as config
 from tasks.student import Head, Loss, head_of, hidden_states
+from tasks.vllm_decode import InVllm
 
 # A loss of the response positions of these sequences; the batch is theirs.
 Part = Callable[[Tensor, Head, Batch, list[Sequence]], Loss]
@@ -220,6 +221,8 @@ class Together(OnPolicy):
             self.teacher_sampling = decode.Sampling(settings.teacher_temperature, settings.teacher_top_p)
         elif isinstance(settings, config.Switch) and settings.decoder == "reference":
             self.decode = decode.reference
+        elif isinstance(settings, config.Switch) and settings.decoder == "vllm":
+            self.decode = InVllm(self.decode, settings.block, settings.sync_every)
 
     def rollout(self, student: Any, prompts: list[Tensor], keys: list[int], eos_ids: list[int]) -> Rollout:
         return self.decode(

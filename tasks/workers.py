@@ -1,5 +1,6 @@
 """Training workers: Ray Train started on the run's cluster, its progress relayed, its last checkpoint handed back."""
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -25,17 +26,34 @@ SHOWN = (
 
 
 class Relay:
-    """An actor between the first worker and this process: rows of the curve."""
+    """An actor between the workers and this process: rows of the curve from the first, warnings from all."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.warnings: dict[str, bool] = {}  # whether it was taken; what several workers say is told once
 
     def put(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
 
-    def take(self) -> list[dict[str, Any]]:
+    def warn(self, text: str) -> None:
+        self.warnings.setdefault(text, False)
+
+    def take(self) -> tuple[list[dict[str, Any]], list[str]]:
         rows, self.rows = self.rows, []
-        return rows
+        fresh = [text for text, taken in self.warnings.items() if not taken]
+        self.warnings.update(dict.fromkeys(fresh, True))
+        return rows, fresh
+
+
+class Warner(logging.Handler):
+    """A worker's warnings, for the stage's log: what workers print stays in Ray's files."""
+
+    def __init__(self, relay: Any) -> None:
+        super().__init__(logging.WARNING)
+        self.relay = relay
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.relay.warn.remote(record.getMessage())
 
 
 @contextmanager
@@ -46,7 +64,10 @@ def shown(stage: Stage[Any], relay: Any, steps: int) -> Iterator[None]:
     ended = threading.Event()
 
     def show() -> None:
-        for row in ray.get(relay.take.remote())[-1:]:
+        rows, warnings = ray.get(relay.take.remote())
+        for text in warnings:
+            stage.log.warning("%s", text)
+        for row in rows[-1:]:
             facts = {name: row[name] for name in SHOWN}
             speed = row["tokens"] / row["seconds"]
             stage.progress(row["step"], steps, "steps", tokens_per_second=round(speed, 1), **facts)
@@ -69,6 +90,7 @@ def work(config: dict[str, Any]) -> None:
     """A worker's life. Its imports take seconds, and only the workers need them."""
     from tasks.loop import train
 
+    logging.getLogger("tasks").addHandler(Warner(config["relay"]))
     train(config)
 
 

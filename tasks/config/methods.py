@@ -294,10 +294,14 @@ class Switch(OnPolicy):
     """Base of the Jensen-Shannon divergence that the gate compares with its threshold."""
     divergence: Divergence = Divergence()
     """What is minimised."""
-    decoder: Literal["blockwise", "reference"] = "blockwise"
-    """Both write the same tokens; ``reference`` asks both models for every one."""
+    decoder: Literal["blockwise", "reference", "vllm"] = "blockwise"
+    """All write the same tokens; ``reference`` asks both models for every one, ``vllm`` is ``blockwise`` inside vLLM,
+    on CPU, with the versions it was tested with and after a check of its tokens, else ``blockwise`` and a warning."""
+    sync_every: int = Field(default=1, ge=1)
+    """With ``vllm``: batches of rollouts between two updates of the student's weights there; with more than 1 rollouts
+    are by an older student, and a resumed run's differ."""
     block: int | None = Field(default=None, ge=1)
-    """Tokens that ``blockwise`` drafts at once. Absent: by measured speed, so two runs differ in rounding."""
+    """Tokens drafted at once. Absent: by measured speed, so two runs differ in rounding (8 in vLLM)."""
     slots: int | None = Field(default=None, ge=1)
     """Rollouts that ``blockwise`` writes at once, to bound memory; as one ends the next one joins. Absent: all. Changes
     no token."""
