@@ -229,8 +229,35 @@ def open_prompts(tokenizer: Any, path: Path, count: int) -> list[Any]:
     return found
 
 
+def inside_vllm(student: Any, teacher: Any, prompts: list[Any], eos: int, rounds: int) -> dict[str, Any]:
+    """The decoder inside vLLM and blocks in torch, in turn; the weights are handed over once, as no step is made."""
+    from tasks.vllm_decode import InVllm
+
+    pace, spent, differing, positions = Pace(), {"vllm": [], "blockwise": []}, 0, 0
+    decoders = {"blockwise": partial(blockwise, pace=pace), "vllm": InVllm(blockwise, sync_every=1 << 30)}
+    for number in range(rounds + 1):
+        keys_B = torch.tensor([sequence_key(number, "row", row) for row in range(BATCH)])
+        given, rollouts = (student, teacher, prompts, keys_B, ExponentialDecay()), {}
+        for name, decode in decoders.items():
+            began = time.perf_counter()
+            rollouts[name] = decode(*given, max_new_tokens=NEW_TOKENS, eos_ids=[eos])
+            spent[name] += [time.perf_counter() - began] if number else []
+        positions += rollouts["vllm"].stats.tokens
+        differing += sum(
+            first_difference(one, other) is not None
+            for one, other in zip(*(rollout.tokens for rollout in rollouts.values()), strict=True)
+        )
+    seconds = {name: statistics.median(values) for name, values in spent.items()}
+    served = decoders["vllm"]
+    assert isinstance(served, InVllm)
+    assert served.fallen is None, served.fallen
+    speedup = seconds["blockwise"] / seconds["vllm"]
+    return {"seconds": seconds, "speedup": speedup, "differing_rows": differing, "positions": positions}
+
+
 def main() -> None:
     parser = options(__doc__)
+    parser.add_argument("--vllm", action="store_true", help="measure the decoder inside vLLM, too, on (a) and (b)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dolly", type=Path, default=Path("../shared/data/dolly_test.jsonl"))
     arguments = parser.parse_args()
@@ -277,6 +304,14 @@ def main() -> None:
     result = {"conditions": conditions(), **{field: first[field] for field in fields}}
     result["settings"] = {"batch": BATCH, "new_tokens": NEW_TOKENS, "rounds": arguments.rounds, "tolerance": TOLERANCE}
     result["cases"] = cases
+    if arguments.vllm:
+        result["vllm"] = {}
+        for name, kind, steps in (plan[0], plan[-2]):
+            pair_of = load(pair.students[steps]), teachers[kind], forms if kind == "notices" else text
+            result["vllm"][name] = found = inside_vllm(*pair_of, eos, arguments.rounds)
+            print(
+                f"{name:<32} in vLLM {found['speedup']:.2f} times as fast as in torch, {found['differing_rows']} rows differ"
+            )
     result["curve"] = sorted((case["agreement"], case["speedup"]) for case in cases.values())
     publish("switch_decode", result, arguments)
 
