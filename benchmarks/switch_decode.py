@@ -309,9 +309,8 @@ def main() -> None:
         for name, kind, steps in (plan[0], plan[-2]):
             pair_of = load(pair.students[steps]), teachers[kind], forms if kind == "notices" else text
             result["vllm"][name] = found = inside_vllm(*pair_of, eos, arguments.rounds)
-            print(
-                f"{name:<32} in vLLM {found['speedup']:.2f} times as fast as in torch, {found['differing_rows']} rows differ"
-            )
+            differing = found["differing_rows"]
+            print(f"{name:<32} in vLLM {found['speedup']:.2f} times as fast as in torch, {differing} rows differ")
     result["curve"] = sorted((case["agreement"], case["speedup"]) for case in cases.values())
     publish("switch_decode", result, arguments)
 

@@ -5,8 +5,16 @@ from typing import Any
 from flows.estimate import GIB
 from flows.story import on_gpu
 from tasks.config import RunConfig
-from tasks.config.models import GgufModel, HuggingFaceModel, OpenAIModel, PromotedModel, PrunedModel, StudentSource
-from tasks.model_files import ModelFiles, check_weights, model_files
+from tasks.config.models import (
+    FreshModel,
+    GgufModel,
+    HuggingFaceModel,
+    OpenAIModel,
+    PromotedModel,
+    PrunedModel,
+    StudentSource,
+)
+from tasks.model_files import check_weights, model_files
 from tasks.models import ROLES, gguf_path
 
 
@@ -25,32 +33,39 @@ def whole(source: StudentSource | OpenAIModel) -> None:
         check_weights(origin(source))
 
 
-def files_of(config: RunConfig, role: str) -> ModelFiles | None:
-    """What the files of a role's model say; None for one behind an endpoint."""
-    source = getattr(config.models, role)
-    return None if isinstance(source, OpenAIModel) else model_files(origin(source))
-
-
 def templates(config: RunConfig) -> list[str]:
     """Every tokenizer that prompts go through has a chat template."""
     if config.models.chat_template:
         return []
+    sources = {role: getattr(config.models, role) for role in ROLES}
     return [
         f"models.{role}: its tokenizer has no chat template: set models.chat_template"
-        for role in ROLES
-        if (files := files_of(config, role)) and not files.has_template
+        for role, source in sources.items()
+        if not isinstance(source, OpenAIModel) and not model_files(origin(source)).has_template
     ]
+
+
+def cached_values(source: StudentSource | OpenAIModel) -> int | None:
+    """Numbers that a token takes in the model's key-value cache; None where that is not known."""
+    if isinstance(source, PromotedModel):
+        return cached_values(source.first)
+    if isinstance(source, OpenAIModel):
+        return None
+    if isinstance(source, FreshModel):
+        return 2 * source.layers * (source.kv_heads or source.heads) * (source.hidden_size // source.heads)
+    files = model_files(origin(source))
+    layers = len(source.layers) if isinstance(source, PrunedModel) else files.layers
+    return None if files.cache_values is None else layers * files.cache_values
 
 
 def cache(config: RunConfig) -> list[str]:
     """On CPU, where its size is a setting, an engine's key-value cache holds one sequence of the greatest length."""
     found = []
     for role in ROLES if not on_gpu(config) else ():
-        files, engine, source = files_of(config, role), getattr(config.engines, role), getattr(config.models, role)
-        if files is None or files.cache_values is None:
+        engine, values = getattr(config.engines, role), cached_values(getattr(config.models, role))
+        if values is None:
             continue
-        layers = len(source.layers) if isinstance(source, PrunedModel) else files.layers
-        token_bytes = layers * files.cache_values * (4 if engine.dtype in ("auto", "float32") else 2)
+        token_bytes = values * (4 if engine.dtype in ("auto", "float32") else 2)
         needed = engine.max_model_len * token_bytes / GIB
         if engine.kv_cache_gib < needed:
             tokens = int(engine.kv_cache_gib * GIB / token_bytes)

@@ -67,11 +67,12 @@ def of_gguf(source: GgufModel) -> ModelFiles:
     kind = fields["general.architecture"].contents()
 
     def value(name: str) -> int | None:
-        field = fields.get(f"{kind}.{name}")
-        return field and field.contents()
+        """None also where layers differ: then it is a list."""
+        found = fields[key].contents() if (key := f"{kind}.{name}") in fields else None
+        return found if isinstance(found, int) else None
 
     heads, width = value("attention.head_count"), value("embedding_length")
-    kv_heads, head = value("attention.head_count_kv") or heads, value("attention.key_length")
+    kv_heads, head = value("attention.head_count_kv"), value("attention.key_length")
     head = head or (width // heads if width and heads else None)
     plain = not value("attention.sliding_window")
     return ModelFiles(
@@ -93,12 +94,12 @@ def of_folder(source: HuggingFaceModel) -> ModelFiles:
         return json.loads(path.read_text()) if path.is_file() else {}
 
     config = known("config.json")
-    config = {**config, **config.get("text_config", {})}
+    config = {**config, **(config.get("text_config") or {})}
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     kv_heads = config.get("num_key_value_heads") or heads
     head = config.get("head_dim") or (width // heads if width and heads else None)
     kinds = set(config.get("layer_types") or ["full_attention"])
-    plain = kinds == {"full_attention"} and "kv_lora_rank" not in config
+    plain = kinds == {"full_attention"} and not config.get("kv_lora_rank")
     template = known("tokenizer_config.json").get("chat_template") or known("chat_template.json")
     return ModelFiles(
         has_template=bool(template) or (folder / "chat_template.jinja").is_file(),
