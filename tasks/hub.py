@@ -11,6 +11,10 @@ from tasks.config.prompts import HuggingFaceSource
 from tasks.rows import Mapper, Refused, Row
 
 
+class Unreadable(ValueError):
+    """What keeps a data set from being read, already told."""
+
+
 @contextmanager
 def reachable(source: HuggingFaceSource) -> Iterator[None]:
     """One line for everything that keeps a data set from being read."""
@@ -19,9 +23,11 @@ def reachable(source: HuggingFaceSource) -> Iterator[None]:
 
     try:
         yield
+    except Unreadable:
+        raise
     except (OSError, ValueError, DatasetsError, HTTPError) as error:
         cause = " ".join(str(error).split())[:300]
-        raise ValueError(
+        raise Unreadable(
             f"data set {source.id!r}, name {source.name!r}, split {source.split!r} cannot be read"
             f" ({cause}): correct them, or use a jsonl or parquet file where the hub cannot be reached"
         ) from None

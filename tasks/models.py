@@ -78,11 +78,11 @@ def folder_hash(files: list[Path]) -> str:
 def hub_commit(source: HuggingFaceModel) -> str:
     """The commit that a hub id's revision names now; ValueError where neither hub nor cache knows it."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return HfApi().model_info(source.id, revision=source.revision, timeout=20).sha or ""
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+    except (HTTPError, OfflineModeIsEnabled, OSError):
         try:
             cached = snapshot_download(source.id, revision=source.revision, local_files_only=True)
         except (LocalEntryNotFoundError, ValueError):

@@ -248,3 +248,12 @@ def test_a_ta_that_is_the_teacher_has_the_same_engine() -> None:
     assert config.models.teacher == config.models.assistant
     assert engines["teacher"] == engines["assistant"]
     assert engines["teacher"]["max_logprobs"] > 1
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(
+    planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    student = {"type": "huggingface", "id": "nobody/nothing"}
+    (problem,) = planned(lambda data: data["models"].update(student=student)).problems
+    assert problem == "models.student: id: 'nobody/nothing' is no folder here, and neither the hub nor its cache has it"
