@@ -78,15 +78,20 @@ class Asking:
                 shard.calls += 1
                 yield wave, self._call(wave, wave.numbers)
 
+    def lost(self, wave: Wave, start: int = 0, end: int | None = None) -> None:
+        """An engine died with what it was asked of a wave, or of its prompts ``start`` to ``end``: it stays spent at its
+        worst. Told at once: what others may still give back has to be known."""
+        numbers = set(wave.numbers[start:end])
+        for reservation in [known for known in wave.reservations if known.worst.keys() & numbers]:
+            assert self.purse
+            self.purse.ledger.lose(reservation)
+            wave.reservations.remove(reservation)
+
     def again(self, wave: Wave, start: int = 0, end: int | None = None) -> Call | None:
-        """The call once more, for one whose engine died, or its prompts from ``start`` to ``end``. None: it has to wait
-        for the result of another. SpendingExhausted: it never may be made."""
+        """The call once more, for one that was lost, or its prompts from ``start`` to ``end``. None: it has to wait for
+        the result of another. SpendingExhausted: it never may be made."""
         numbers = wave.numbers[start:end]
         if self.purse:
-            lost = [known for known in wave.reservations if known.worst.keys() & set(numbers)]
-            for reservation in lost:
-                self.purse.ledger.lose(reservation)
-                wave.reservations.remove(reservation)
             worst = self._worst(wave, numbers)
             made = self.purse.ledger.reserve(wave.shard.number, worst, self.purse.spare(len(worst)), whole=True)
             if made is None:

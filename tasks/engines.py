@@ -3,10 +3,10 @@
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
@@ -33,8 +33,14 @@ WATCH_SECONDS = 5.0
 # What of a model's configuration decides whether weights fit.
 SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 END = object()
-# Makes the call of a key once more, or of its requests from one number to another; None: it may not be sent yet.
-Again = Callable[..., Call | None]
+
+
+class Repeats(Protocol):
+    """Who says whether a call, or its requests from one number to another, may be made again. None: not yet."""
+
+    def lost(self, key: Any, start: int = 0, end: int | None = None) -> None: ...
+
+    def again(self, key: Any, start: int = 0, end: int | None = None) -> Call | None: ...
 
 
 class EnginePool:
@@ -50,13 +56,15 @@ class EnginePool:
         self.names = ray.get(self.access.room().acquire.remote(self.spec.model_dump()))
         return [ray.get_actor(name) for name in self.names]
 
-    def map(self, calls: Iterable[tuple[Key, Call] | None], again: Again | None = None) -> Iterator[tuple[Key, Any]]:
+    def map(
+        self, calls: Iterable[tuple[Key, Call] | None], repeats: Repeats | None = None
+    ) -> Iterator[tuple[Key, Any]]:
         """Results by key, as they come. None among the calls: the next one waits for a result.
 
         A call whose engine died or hung is made again; one whose engine raised costs that engine its life first, since
         a raised error leaves an engine in a state nobody has checked. Requests that an engine never survives are left
-        out of the result: see ``tasks/isolate.py``. Where what is sent again has to be covered, ``again(key)`` makes
-        the call, and ``again(key, start, end)`` a part of it; None: it waits for a result too.
+        out of the result: see ``tasks/isolate.py``. Where what is sent again has to be covered, ``repeats`` is told of
+        what was lost, and makes the call anew.
         """
         source = iter(calls)
         actors = self.actors()
@@ -68,7 +76,7 @@ class EnginePool:
             while idle:
                 if lost:
                     key, call, tries = lost[0]
-                    repeated = again(key) if again else call
+                    repeated = repeats.again(key) if repeats else call
                     if repeated is None:
                         break
                     lost.popleft()
@@ -89,9 +97,11 @@ class EnginePool:
                 result = ray.get(reference)
             except (RayActorError, RayTaskError) as error:
                 refuse_mistakes(error)
+                if repeats:
+                    repeats.lost(key)
                 if tries == SHARD_TRIES:
                     idle.append(self.revived(actor, kill=isinstance(error, RayTaskError)))
-                    result, reasons = isolate(call, partial(self.ask_part, key, call, again))
+                    result, reasons = isolate(call, partial(self.ask_part, key, call, repeats))
                     for reason in reasons:
                         self.access.stage.log.warning("a request is left out, its engine dies of it: %s", reason)
                     yield key, result
@@ -120,12 +130,17 @@ class EnginePool:
                     ray.kill(actor, no_restart=False)
                     self.heard[actor] = time.monotonic()
 
-    def ask_part(self, key: Key, call: Call, again: Again | None, start: int, end: int) -> Any:
+    def ask_part(self, key: Any, call: Call, repeats: Repeats | None, start: int, end: int) -> Any:
         """The requests of a call from ``start`` to ``end``, where they may be sent again."""
-        own = again(key, start, end) if again else part(call, start, end)
+        own = repeats.again(key, start, end) if repeats else part(call, start, end)
         if own is None:
             raise RuntimeError("what is left to spend does not cover finding the request that its engine dies of")
-        return self.ask(own)
+        try:
+            return self.ask(own)
+        except EngineLost:
+            if repeats:
+                repeats.lost(key, start, end)
+            raise
 
     def ask(self, call: Call) -> Any:
         """One call on one engine, beside what else that engine has to do; EngineLost where it does not survive it."""

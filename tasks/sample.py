@@ -164,7 +164,7 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
     if asked < total:
         asking, server = Asking(shards(), call, commit, purse), served_by(stage.store, base, model)
         with engines(stage) as access:
-            for wave, answers in access.pool(settings.engine, server).map(asking.calls(), asking.again):
+            for wave, answers in access.pool(settings.engine, server).map(asking.calls(), asking):
                 asking.take(wave, answers)
     seconds = time.monotonic() - began
     stage.close_table("samples", schemas.SAMPLE)

@@ -34,6 +34,7 @@ def test_what_needs_approval(budget: dict[str, Any], said: str) -> None:
     assert above(Budget.model_validate(budget)) == said
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_run_waits_in_prefect_for_a_person(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).parent / "approvals.py"), str(tmp_path)]

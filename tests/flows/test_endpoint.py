@@ -218,6 +218,7 @@ def test_the_sampling_stage_asks_an_endpoint_within_its_budget(server: Served, t
     assert served.KEY not in "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_an_outage_stops_the_stage_which_goes_on_where_it_was(server: Served, tmp_path: Path) -> None:
     made = annotation(server, tmp_path, 8, {"queries": 8}, tries=1, concurrency=1)

@@ -77,15 +77,16 @@ class Engines:
             self.billed += Amount(1, len(row["prompt_token_ids"]), len(row["token_ids"]))
         return pa.Table.from_pylist(rows, schema=ANSWER_COLUMNS)
 
-    def isolated(self, wave: Wave, call: Call, again: Any) -> pa.Table:
+    def isolated(self, wave: Wave, call: Call, repeats: Asking) -> pa.Table:
         """As EnginePool.map where an engine does not survive a call: it is asked in parts, each covered anew."""
 
         def ask(start: int, end: int) -> pa.Table:
-            own = again(wave, start, end)
+            own = repeats.again(wave, start, end)
             if own is None:
                 raise Died
             answers = self.answer(own.arguments[1])
             if self.draw.random() < self.dying or self.deadly & names(own):
+                repeats.lost(wave, start, end)
                 raise EngineLost("died")
             return answers
 
@@ -94,7 +95,7 @@ class Engines:
         except EngineLost:
             raise Died from None
 
-    def map(self, calls: Iterator[Any], again: Any) -> Iterator[tuple[Any, pa.Table]]:
+    def map(self, calls: Iterator[Any], repeats: Asking) -> Iterator[tuple[Any, pa.Table]]:
         """As EnginePool.map: at most three calls under way, in any order, and lost ones once more."""
         running: list[tuple[Any, Call, int]] = []
         lost: list[tuple[Any, int]] = []
@@ -102,7 +103,7 @@ class Engines:
             ended = False
             while len(running) < 3:
                 if lost:
-                    call = again(lost[0][0])
+                    call = repeats.again(lost[0][0])
                     if call is None:
                         break
                     running.append((lost[0][0], call, lost.pop(0)[1] + 1))
@@ -123,10 +124,12 @@ class Engines:
             answers = self.answer(call.arguments[1])
             if self.draw.random() >= self.dying and not self.deadly & names(call):
                 yield key, answers
-            elif tries < 2:
+                continue
+            repeats.lost(key)
+            if tries < 2:
                 lost.append((key, tries))
             else:
-                yield key, self.isolated(key, call, again)
+                yield key, self.isolated(key, call, repeats)
 
 
 def names(call: Call) -> set[str]:
@@ -154,7 +157,7 @@ def run(root: Path, caps: Caps, factor: float, engines: Engines, prompts: list[l
 
     shards = (Shard(number, rows) for number, rows in enumerate(prompts) if number not in done)
     asking = Asking(shards, call, commit, purse)
-    for wave, answers in engines.map(asking.calls(), asking.again):
+    for wave, answers in engines.map(asking.calls(), asking):
         asking.take(wave, answers)
     return purse
 
