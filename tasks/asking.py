@@ -79,8 +79,8 @@ class Asking:
                 yield wave, self._call(wave, wave.numbers)
 
     def lost(self, wave: Wave, start: int = 0, end: int | None = None) -> None:
-        """An engine died with what it was asked of a wave, or of its prompts ``start`` to ``end``: it stays spent at its
-        worst. Told at once: what others may still give back has to be known."""
+        """An engine died with what it was asked of a wave, or of its prompts ``start`` to ``end``: it stays spent at
+        its worst. Told at once: what others may still give back has to be known."""
         numbers = set(wave.numbers[start:end])
         for reservation in [known for known in wave.reservations if known.worst.keys() & numbers]:
             assert self.purse
