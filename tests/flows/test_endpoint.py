@@ -26,7 +26,8 @@ KEY_VARIABLE = "SWITCHYARD_TEST_KEY"
 QUESTION = [{"role": "user", "content": "What is 2 + 3?"}]
 LIMITS = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 8}
 
-pytestmark = pytest.mark.timeout(900)
+# Loading vLLM's server takes longer than all of these.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 class Served(NamedTuple):
@@ -218,7 +219,6 @@ def test_the_sampling_stage_asks_an_endpoint_within_its_budget(server: Served, t
     assert served.KEY not in "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_an_outage_stops_the_stage_which_goes_on_where_it_was(server: Served, tmp_path: Path) -> None:
     made = annotation(server, tmp_path, 8, {"queries": 8}, tries=1, concurrency=1)
