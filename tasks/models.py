@@ -291,18 +291,19 @@ def run(stage: Stage[ModelsSettings]) -> None:
 
 
 def made_before(stage: Stage[ModelsSettings], role: str) -> ModelRef | None:
-    """The role's model as another run of this store made it, its files copied; None where none did. The whole section
-    decides what this stage is, only a part of it what one model is."""
+    """The role's model as another run of this store made it, its files copied; None where none did, or a redo was asked
+    for. The whole section decides what this stage is, only a part of it what one model is."""
 
     def decisive(settings: dict[str, Any]) -> tuple[Any, ...]:
         models = settings["models"]
         return models[role], settings["identities"].get(role), models["chat_template"]
 
-    for path in stage.store.list("stages/models"):
+    for path in () if stage.spec.redo else stage.store.list("stages/models"):
         if not path.endswith("/manifest.json"):
             continue
         known = load_manifest(stage.store, path)
-        if role not in known.files or decisive(known.settings) != decisive(stage.spec.settings):
+        same = known.version == stage.spec.version and decisive(known.settings) == decisive(stage.spec.settings)
+        if role not in known.files or not same:
             continue
         folder = f"{stage.spec.folder}/files/{role}"
         files = stage.manifest.files[role] = []

@@ -149,7 +149,9 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
             purse.charge(shard.number, prompt_ids, shard.used, shard.reasons)
         rows, distributions = schemas.SAMPLE.empty_table(), schemas.DISTRIBUTION.empty_table()
         if shard.answers:
-            answers = answered(stage, shard.number, pa.concat_tables(shard.answers), prompt_ids)
+            # Requests that an engine died of have fewer columns than an endpoint's answers.
+            joined = pa.concat_tables(shard.answers, promote_options="default")
+            answers = answered(stage, shard.number, joined, prompt_ids)
             rows = sample_rows(answers, prompt_ids, model, settings)
             distributions = best_tokens(rows, answers, top, model.vocab_size) if top else distributions
         if top:
