@@ -28,11 +28,15 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"type": "huggingface", "id": str(folder)}
 
 
-def made(root: Path, student: dict[str, Any], teacher: dict[str, Any], **others: Any) -> Stage[ModelsSettings]:
+def made(
+    root: Path, student: dict[str, Any], teacher: dict[str, Any], redo: int = 0, **others: Any
+) -> Stage[ModelsSettings]:
     models = Models.model_validate({"teacher": teacher, "assistant": teacher, "student": student, **others})
     found = {role: identity(getattr(models, role)) for role in ("teacher", "assistant", "student")}
     settings = ModelsSettings(models=models, identities=found)
-    spec = StageSpec(stage="models", module="tasks.models", root=str(root), settings=settings.model_dump(mode="json"))
+    spec = StageSpec(
+        stage="models", module="tasks.models", redo=redo, root=str(root), settings=settings.model_dump(mode="json")
+    )
     stage = Stage(spec, settings)
     run(stage)
     commit_manifest(stage.store, stage.manifest)
@@ -83,6 +87,8 @@ def test_a_model_is_made_once_whatever_else_changes(
     monkeypatch.setattr("tasks.models.build", lambda *arguments: pytest.fail("made again"))
     again = made(tmp_path, student, teacher, chat_template_args={"enable_thinking": False})
     assert again.spec.folder != first.spec.folder
+    with pytest.raises(pytest.fail.Exception, match="made again"):
+        made(tmp_path, student, teacher, redo=1)
     shutil.rmtree(tmp_path / first.spec.folder)
     model, _ = loaded(tmp_path, again, "student")
     assert model.config.num_hidden_layers == 1
