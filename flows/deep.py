@@ -62,4 +62,5 @@ def compare(runner: Runner, start: Start) -> dict[str, Any]:
         teacher_samples=samples["teacher"],
         student_samples=samples["student"],
     )
-    return load_manifest(runner.store, place).facts
+    facts = load_manifest(runner.store, place).facts
+    return {role: facts[role] for role in samples if role in facts}

@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import tiny
+from served import KEY, NAME, vllm_server
 
 ROOT = Path(__file__).parent.parent.parent
 SECONDS = 1800
@@ -140,6 +142,17 @@ print("TEXT", llm.generate("1 + 1 =", SamplingParams(max_tokens=4, temperature=0
     command = [sys.executable, "-c", script]
     output = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS)
     assert "TEXT [" in output.stdout, output.stderr[-2000:]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(SECONDS)
+def test_vllms_server_answers_with_the_student(finished: Finished, tmp_path: Path) -> None:
+    body = {"model": NAME, "max_tokens": 4, "messages": [{"role": "user", "content": "What is 1 + 1?"}]}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with vllm_server(Path(finished.result["student"]), tmp_path / "server.log") as address:
+        reply = httpx.post(f"{address}/chat/completions", json=body, headers=headers, timeout=120)
+    reply.raise_for_status()
+    assert 1 <= reply.json()["usage"]["completion_tokens"] <= 4
 
 
 @pytest.mark.timeout(SECONDS)
