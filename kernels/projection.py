@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 64 << 20  # the logits of a chunk
+CHUNK_BYTES = 64 << 20  # the logits of a chunk, at least: small matrices multiply slowly
+# A chunk reads the weight and adds to its gradient once, so a large weight asks for large chunks. Two of them (student,
+# teacher) are half as large as that gradient, which is held anyway.
+CHUNK_OF_WEIGHT = 1 / 4
 CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 1 << 20, 64 << 20  # one temporary of a block: to fit a cache, to launch little
 SLICE_ROWS = 8192  # rows of a half-precision weight that are widened at once
 
@@ -50,14 +53,16 @@ def projected_loss(
 ) -> tuple[Tensor, Tensor]:
     """(Σ weights · loss, loss of each position without gradient) of `objective` on the logits hidden · weightᵀ + bias.
 
-    Positions of weight 0 are dropped and report 0. By default a chunk is as many positions as `CHUNK_BYTES` of logits.
+    Positions of weight 0 are dropped and report 0. By default a chunk's logits take `CHUNK_BYTES`, or `CHUNK_OF_WEIGHT`
+    of the weight's size where that is more.
     Raises ValueError where shapes disagree or `chunk_size` is below 1.
     """
     if hidden_NH.shape[-1] != weight_VH.shape[-1]:
         raise ValueError(f"hidden states of width {hidden_NH.shape[-1]}, weight of {weight_VH.shape[-1]}: pass a pair")
     same_length(hidden_NH, weights_N=weights_N)
     if chunk_size is None:
-        chunk_size = max(1, CHUNK_BYTES // (len(weight_VH) * math_dtype(hidden_NH).itemsize))
+        position_bytes = len(weight_VH) * math_dtype(hidden_NH).itemsize
+        chunk_size = max(1, CHUNK_BYTES // position_bytes, int(CHUNK_OF_WEIGHT * weight_VH.shape[1]))
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: choose at least 1, or leave it out")
     learns = torch.is_grad_enabled()
