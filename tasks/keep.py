@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from infra.manifest import read_part
+from kernels.consistency import consistency
 from tasks import schemas
 from tasks.calibrate import Fit, fitted
 from tasks.config.base import Config
@@ -125,6 +126,23 @@ def reason(keep: Keep, least: float, sample: dict[str, Any], confidence: float) 
     return "kept" if confidence >= least else "below_threshold"
 
 
+def choose(keep: Keep, scores: list[dict[str, Any]], confidences: list[float]) -> None:
+    """Of several kept annotations of a prompt leave one: the majority's by final answer where that is the rule, and
+    among these the one that the TA trusts most. The others are dropped as ``not_chosen``."""
+    by_prompt: dict[str, list[int]] = {}
+    for number, row in enumerate(scores):
+        if row["kept"]:
+            by_prompt.setdefault(row["prompt_id"], []).append(number)
+    for prompt_id, numbers in by_prompt.items():
+        standing = numbers
+        if keep.answers == "majority":
+            majority = consistency([scores[number]["final_answer"] for number in numbers], prompt_id).majority_answer
+            standing = [number for number in numbers if scores[number]["final_answer"] == majority]
+        best = max(standing, key=lambda number: confidences[number])
+        for number in set(numbers) - {best}:
+            scores[number] |= {"kept": False, "reason": "not_chosen"}
+
+
 def filter_shard(
     stage: Stage[KeepSettings],
     shard: int,
@@ -135,18 +153,15 @@ def filter_shard(
     least: float,
 ) -> None:
     """Commit one shard's scores, kept rows and charged prompts."""
-    keep = stage.settings.keep
+    keep, rows = stage.settings.keep, samples.to_pylist()
     scores, kept = [], []
-    deciding = fit.map(confidences) if fit else confidences
-    for prompt, sample, raw, confidence in zip(
-        prompts, samples.to_pylist(), confidences.tolist(), deciding.tolist(), strict=True
-    ):
+    deciding = (fit.map(confidences) if fit else confidences).tolist()
+    for prompt, sample, raw, confidence in zip(prompts, rows, confidences.tolist(), deciding, strict=True):
         why = reason(keep, least, sample, confidence)
-        shared = {"sample_id": sample["sample_id"], "prompt_id": sample["prompt_id"], "source": prompt["source"]}
         scores.append(
             {
-                **shared,
-                "text": sample["text"],
+                **{name: sample[name] for name in ("sample_id", "prompt_id", "text")},
+                "source": prompt["source"],
                 "final_answer": final_answer(prompt["verifier"], sample["text"], prompt["entry"]),
                 "correct": is_correct(prompt["verifier"], sample["text"], prompt["answer"], prompt["entry"]),
                 "ta_teacher": None if math.isnan(raw) else raw,
@@ -156,15 +171,16 @@ def filter_shard(
                 "reason": why,
             }
         )
-        if why == "kept":
+    if keep.answers != "all":
+        choose(keep, scores, deciding)
+    for row, sample, confidence in zip(scores, rows, deciding, strict=True):
+        if row["kept"]:
             kept.append(
                 {
-                    **shared,
+                    **{name: row[name] for name in ("sample_id", "prompt_id", "source")},
+                    **{name: sample[name] for name in ("prompt_token_ids", "token_ids", "distributions")},
                     "row_id": sample["sample_id"],
-                    "prompt_token_ids": sample["prompt_token_ids"],
-                    "token_ids": sample["token_ids"],
                     "weight": confidence if keep.rule == "weight" else 1.0,
-                    "distributions": sample["distributions"],
                 }
             )
     charged = {
@@ -173,7 +189,7 @@ def filter_shard(
             "source": prompt["source"],
             "prompt_token_ids": sample["prompt_token_ids"],
         }
-        for prompt, sample in zip(prompts, samples.to_pylist(), strict=True)
+        for prompt, sample in zip(prompts, rows, strict=True)
     }
     stage.commit("scores", shard, pa.Table.from_pylist(scores, schema=schemas.SCORE))
     stage.commit("kept", shard, pa.Table.from_pylist(kept, schema=schemas.KEPT))

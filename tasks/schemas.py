@@ -78,7 +78,7 @@ SCORE = pa.schema(
         ("calibrated", pa.float32()),  # the same as a share correct, which then decides; null where not asked for
         ("calibrates", pa.bool_()),  # whether the calibration was fitted on this row; null where not asked for
         ("kept", pa.bool_()),
-        ("reason", pa.string()),  # kept | below_threshold | empty | truncated | unscored
+        ("reason", pa.string()),  # kept | below_threshold | empty | truncated | unscored | not_chosen
     ]
 )
 

@@ -111,6 +111,9 @@ class Keep(Config):
     """A confidence for ``absolute``, a quantile for ``quantile``."""
     drop_truncated: bool = True
     """Drop annotations that hit the length limit."""
+    answers: Literal["all", "assistant", "majority"] = "all"
+    """Of several annotations of one prompt that pass: ``all``, the one that the TA trusts most (``assistant``), or that
+    of the ``majority`` by final answer."""
     calibrate: Calibration | None = None
     """Read the TA's confidence as the share correct, so that thresholds and weights are probabilities; ranks stay."""
 

@@ -4,7 +4,8 @@ import pyarrow as pa
 import pytest
 
 from infra.models import ModelRef
-from tasks.config.signals import Select, Verbalized
+from tasks.config.signals import Keep, Select, Verbalized
+from tasks.keep import choose
 from tasks.schemas import SIGNAL
 from tasks.score import as_confidence, confidence_call, rating
 from tasks.select import DECIDING, uncertainty
@@ -85,3 +86,19 @@ def test_random_selection_doubts_all_alike_and_no_weight_at_all_is_refused() -> 
     assert set(uncertainty(Select(rule="random"), pa.Table.from_pylist(ROWS, SIGNAL))) == {0.5}
     with pytest.raises(ValueError, match="both 0"):
         Select(consistency_weight=0, assistant_weight=0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [("assistant", [0, 5]), ("majority", [2, 5])],
+)
+def test_of_several_annotations_of_a_prompt_one_is_chosen(rule: str, kept: list[int]) -> None:
+    answers = ["7", "8", "8", "9", "8", None]
+    scores = [
+        {"prompt_id": "b" if number == 5 else "a", "final_answer": answer, "kept": number != 4, "reason": "as it was"}
+        for number, answer in enumerate(answers)
+    ]
+    choose(Keep(answers=rule), scores, [0.9, 0.3, 0.4, 0.8, 1.0, 0.1])
+    assert [number for number, row in enumerate(scores) if row["kept"]] == kept
+    reasons = ["as it was" if number in (*kept, 4) else "not_chosen" for number in range(6)]
+    assert [row["reason"] for row in scores] == reasons
