@@ -6,8 +6,8 @@ SmolLM2's distributions at the response positions of Dolly and GSM8K, text it wa
 sequence; D of a student from the decoded rows against D from the full distributions. Two students: SmolLM2's sixteen
 layers after a short distillation on such text (far), and SmolLM2 tuned on other text (near). Errors are relative to the
 mean loss, biases in nats; gradients with respect to the student's logits are compared by relative length of the
-difference, of single positions and of their sum. The headline is the setting nearest to 60 bytes, the far student and
-KL(p ‖ q) for top mode; for sampled mode its larger bias over both divergences.
+difference, of single positions and of their sum. The headline is the far student and KL(p ‖ q) for top mode; for sampled
+mode its larger bias over both divergences.
 """
 
 import gzip
@@ -40,7 +40,7 @@ from tasks.student import head_of, hidden_states
 LAYERS = [0, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 28, 29]
 STEPS, LENGTH = 25, 192
 DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl(), "skewed_reverse_kl": skewed_reverse_kl(0.1)}
-# Settings whose bytes come out near 30, 60, 100 and 200 a position; the second of each mode is the headline's.
+# The product's own settings are the second of each mode: the headline's. On this text they take half of their 60 bytes.
 TOP = {
     f"top {limit}": {"mass": 1.0, "limit": limit, "min_prob": low}
     for limit, low in ((12, 2e-3), (29, 1e-3), (60, 5e-4), (140, 1e-4))
