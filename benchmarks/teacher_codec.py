@@ -40,7 +40,7 @@ from tasks.student import head_of, hidden_states
 LAYERS = [0, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 28, 29]
 STEPS, LENGTH = 25, 192
 DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl(), "skewed_reverse_kl": skewed_reverse_kl(0.1)}
-# The product's own settings are the second of each mode: the headline's. On this text they take half of their 60 bytes.
+# The product's own settings are the second of each mode: the headline's.
 TOP = {
     f"top {limit}": {"mass": 1.0, "limit": limit, "min_prob": low}
     for limit, low in ((12, 2e-3), (29, 1e-3), (60, 5e-4), (140, 1e-4))
