@@ -220,7 +220,7 @@ class Runner(Pipeline):
                 check_cancelled()
                 self._open_room()
             time.sleep(POLL_SECONDS)
-        watch.take(job.drain())
+        watch.take(job.rest())
 
     def _open_room(self) -> None:
         """See that the run's engine room is open; a room that ended is replaced under a new id."""
