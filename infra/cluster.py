@@ -35,6 +35,9 @@ QUIET = {
     "GOMP_SPINCOUNT": "0",
 }
 FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
+# What a head says of its node's agent, which starts jobs, until that is there; and where it did not get its answer:
+# a job that was started nevertheless is found under its id when it is submitted again.
+UNREADY = ("No available agent", "Server disconnected", "Cannot connect to host")
 LOG_LOST = "(log connection lost)"
 
 
@@ -213,8 +216,7 @@ def submit(cluster: Cluster, job_id: str, command: str, environment: dict[str, s
         except RuntimeError as error:
             if "already exists" in str(error):
                 break
-            # A head answers some seconds before its node has an agent that starts jobs.
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+            if not any(text in str(error) for text in UNREADY) or time.monotonic() > deadline:
                 raise
             time.sleep(0.3)
     info = client.get_job_info(job_id)

@@ -4,10 +4,11 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from infra.cluster import FINAL, Cluster, submit
+from infra.cluster import FINAL, Cluster, running_jobs, stop_jobs, submit
 
 pytestmark = pytest.mark.long
 LINES = 300
@@ -56,3 +57,18 @@ def test_a_log_that_cannot_be_read_again_comes_by_its_tail(cluster: Cluster, mon
 
     monkeypatch.setattr(cluster.client, "get_job_logs", unreachable)
     assert [line for line in job.rest() if line in ("first", "last")] == ["first", "last"]
+
+
+def test_a_submission_whose_answer_was_lost_is_adopted(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, answers = cluster.client.submit_job, []
+
+    def lossy(**job: Any) -> str:
+        answers.append(real(**job))
+        raise RuntimeError("Request failed with status code 500: ServerDisconnectedError: Server disconnected.")
+
+    monkeypatch.setattr(cluster.client, "submit_job", lossy)
+    job = submit(cluster, "lost", "sleep 30", {}, {"run": "mine"})
+    assert answers == ["lost"]
+    assert running_jobs(cluster) == {"lost": {"run": "mine"}}
+    stop_jobs(cluster, ["lost"])
+    assert job.status == "STOPPED"
