@@ -11,6 +11,7 @@ Then the finished flow run is copied a thousand times in the server's database: 
 artifacts. Calls that the spine and Prefect's pages make are timed before and after.
 """
 
+import os
 import sqlite3
 import statistics
 import subprocess
@@ -177,6 +178,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="switchyard-orchestration-") as folder:
         server = EmbeddedServer(Path(folder) / "prefect")
         # Prefect reads its settings when it is imported.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
         server.start()
         try:
             server.wait()
