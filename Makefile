@@ -45,7 +45,7 @@ check: env
 	$(BIN)/python -m pytest tests/test_layers.py
 
 bench: env
-	@for name in divergence switch_decode switch_step teacher_codec store; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
+	@for name in divergence switch_decode switch_step teacher_codec store sampling orchestration; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
 
 clean:
 	rm -rf .venv runs

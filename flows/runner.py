@@ -120,9 +120,12 @@ class Runner(Pipeline):
         name = spec.stage
         run = Task(fn=self._task, name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
         self._ended = None
-        run(spec, return_state=True)
+        state = run(spec, return_state=True)
         if self._ended:
             raise self._ended
+        if not state.is_completed():
+            # An error that nobody foresaw: raised as it was.
+            state.result()
         entry = self.record.stages[-1]
         manifest = load_manifest(self.store, spec.manifest_path)
         display().finished(name, manifest, reused=entry.reused, seconds=entry.seconds)
@@ -220,7 +223,7 @@ class Runner(Pipeline):
                 check_cancelled()
                 self._open_room()
             time.sleep(POLL_SECONDS)
-        watch.take(job.drain())
+        watch.take(job.rest())
 
     def _open_room(self) -> None:
         """See that the run's engine room is open; a room that ended is replaced under a new id."""

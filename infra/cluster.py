@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -19,6 +20,8 @@ from urllib.parse import urlparse
 from infra.process import Guarded
 
 START_SECONDS = 120.0
+# How long a tail takes to notice that its job ended, at most.
+TAIL_SECONDS = 5.0
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -32,6 +35,10 @@ QUIET = {
     "GOMP_SPINCOUNT": "0",
 }
 FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
+# What a head says of its node's agent, which starts jobs, until that is there; and where it did not get its answer:
+# a job that was started nevertheless is found under its id when it is submitted again.
+UNREADY = ("No available agent", "Server disconnected", "Cannot connect to host")
+LOG_LOST = "(log connection lost)"
 
 
 def free_port(wanted: int = 0) -> int:
@@ -141,6 +148,7 @@ class Job:
     def __init__(self, cluster: Cluster, job_id: str) -> None:
         self.cluster, self.id = cluster, job_id
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._given = 0  # lines of the log that were handed out
         self._tail = threading.Thread(target=self._follow, daemon=True, name=f"tail-{job_id}")
         self._tail.start()
 
@@ -158,20 +166,26 @@ class Job:
             asyncio.run(follow())
         except (OSError, RuntimeError):
             # The log is a courtesy: a lost connection must not end a job that goes on.
-            self._lines.put("(log connection lost)")
+            self._lines.put(LOG_LOST)
 
     def lines(self) -> Iterator[str]:
-        """Lines written since the last call."""
-        while True:
-            try:
-                yield self._lines.get_nowait()
-            except queue.Empty:
-                return
+        """Lines written since the last call, as Ray's tail brings them: a second or two late."""
+        with suppress(queue.Empty):
+            while True:
+                line = self._lines.get_nowait()
+                self._given += line != LOG_LOST
+                yield line
 
-    def drain(self, seconds: float = 5.0) -> Iterator[str]:
-        """The remaining lines of an ended job."""
-        self._tail.join(seconds)
-        yield from self.lines()
+    def rest(self) -> Iterator[str]:
+        """The remaining lines of an ended job. Its tail looks for news and for the job's end every other second, so the
+        log is read again instead."""
+        try:
+            written = self.cluster.client.get_job_logs(self.id)
+        except (OSError, RuntimeError):
+            self._tail.join(TAIL_SECONDS)
+            yield from self.lines()
+            return
+        yield from written.removesuffix("\n").split("\n")[self._given :]
 
     @property
     def status(self) -> str:
@@ -202,8 +216,7 @@ def submit(cluster: Cluster, job_id: str, command: str, environment: dict[str, s
         except RuntimeError as error:
             if "already exists" in str(error):
                 break
-            # A head answers some seconds before its node has an agent that starts jobs.
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+            if not any(text in str(error) for text in UNREADY) or time.monotonic() > deadline:
                 raise
             time.sleep(0.3)
     info = client.get_job_info(job_id)

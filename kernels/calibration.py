@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import isotonic_regression
 
 
 class Reliability(NamedTuple):
@@ -78,6 +77,9 @@ class Isotonic(NamedTuple):
 
 def isotonic(confidence: ArrayLike, correct: ArrayLike) -> Isotonic:
     """The rising map of least squared error (Zadrozny & Elkan 2002). ValueError without an answer to fit."""
+    # Takes a second to import, which a stage that calibrates nothing does without.
+    from scipy.optimize import isotonic_regression
+
     confidence_N, correct_N = _pair(confidence, correct)
     if not len(correct_N):
         raise ValueError("no answer to fit a calibration to")

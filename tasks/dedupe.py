@@ -19,7 +19,6 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import xxhash
-from datasketch import MinHash
 
 PERMUTATIONS = 128
 # Bands are cut so that at most this share of the pairs at the threshold is missed.
@@ -122,6 +121,9 @@ def band_width(threshold: float) -> int:
 
 def band_rows(batch: list[dict[str, Any]], width: int) -> pa.Table:
     """One row a prompt and band: the hash of that part of its signature."""
+    # Imports scipy and a client of Redis: seconds, which most runs do without.
+    from datasketch import MinHash
+
     signatures = MinHash.generator(
         (shingles(row["messages"]) for row in batch), num_perm=PERMUTATIONS, hashfunc=xxhash.xxh32_intdigest
     )
