@@ -2,6 +2,7 @@
 against each other and the code."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,6 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from prefect.utilities.templating import apply_values
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "infra/kubernetes"
@@ -28,6 +28,31 @@ SECRETS = {
     "switchyard-prefect": {"auth-string", "database-password", "database-url"},
     "switchyard-access": set[str](),
 }
+PLANTED = "you:planted"
+# What a worker does between taking a flow run and asking Kubernetes for its job.
+WORKER = """
+import asyncio, json, sys, uuid
+from prefect.client.schemas.objects import Flow, FlowRun
+from prefect_kubernetes.settings import KubernetesSettings
+from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
+
+async def main():
+    template = json.load(open(sys.argv[1]))
+    values = {"image": "registry.example/switchyard:1"}
+    job = await KubernetesWorkerJobConfiguration.from_template_and_values(template, values)
+    flow = Flow(id=uuid.uuid4(), name="distill")
+    job.prepare_for_flow_run(FlowRun(id=uuid.uuid4(), flow_id=flow.id, name="brave-run"), None, flow)
+    secret = KubernetesSettings().worker
+    await KubernetesWorker("switchyard")._replace_env_variable_with_secret(
+        env_variable_name="PREFECT_API_AUTH_STRING",
+        configuration=job,
+        secret_name=secret.api_auth_string_secret_name,
+        secret_key=secret.api_auth_string_secret_key,
+    )
+    print(json.dumps(job.job_manifest))
+
+asyncio.run(main())
+"""
 Object = dict[str, Any]
 
 
@@ -41,16 +66,24 @@ def rendered(overlay: str) -> list[Object]:
     return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
 
 
+@cache
 def flow_job() -> Object:
-    """The job of a flow run, as Prefect makes it of the pool's template."""
-    template = json.loads((FOLDER / "prefect/pool.json").read_text())
-    values = {
-        name: entry["default"] for name, entry in template["variables"]["properties"].items() if "default" in entry
-    }
-    job: Object = apply_values(
-        template["job_configuration"]["job_manifest"],
-        {**values, "name": "run", "labels": {"prefect.io/flow-run-id": "1"}, "command": ["prefect"], "env": []},
+    """The job of a flow run, as Prefect's Kubernetes worker makes it of the pool's template, with the environment that
+    the worker's manifest gives it."""
+    (worker,) = (
+        entry
+        for entry in rendered(OVERLAYS[0])
+        if entry["metadata"]["name"] == "switchyard-worker" and entry["kind"] == "Deployment"
     )
+    (container,) = worker["spec"]["template"]["spec"]["containers"]
+    own = {entry["name"]: entry.get("value", PLANTED) for entry in container["env"]}
+    command = [sys.executable, "-c", WORKER, str(FOLDER / "prefect/pool.json")]
+    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    job: Object = json.loads(done.stdout)
+    pod = job["spec"]["template"]["spec"]
+    # Prefect insists on these two here, where Kubernetes drops them.
+    assert (pod.pop("parallelism"), pod.pop("completions")) == (1, 1)
     return job
 
 
@@ -140,6 +173,11 @@ def test_every_container_is_contained(overlay: str) -> None:
             claims = {"data"} if name.startswith("StatefulSet") else set()
             assert {mount["name"] for mount in container["volumeMounts"]} <= mounted | claims, name
             assert ":" in container["image"], name
+            if container.get("env"):
+                places = {entry["name"]: entry.get("value", "") for entry in container["env"]}
+                homes = [places[key] for key in ("HOME", "PREFECT_HOME") if key in places]
+                mounts = tuple(mount["mountPath"] for mount in container["volumeMounts"])
+                assert all(home.startswith(mounts) for home in homes), name
             if not name.startswith("Job"):
                 assert {"startupProbe", "livenessProbe"} <= container.keys(), name
 
@@ -167,8 +205,12 @@ def test_secrets_are_references_to_what_the_docs_create(overlay: str) -> None:
     docs = (ROOT / "docs/clusters.md").read_text()
     assert not [entry for entry in objects if entry["kind"] == "Secret"]
     maps = {entry["metadata"]["name"] for entry in objects if entry["kind"] == "ConfigMap"}
+    assert PLANTED not in json.dumps(objects)
     for name, template in templates(objects):
         for container in template["spec"]["containers"]:
+            # Prefect's worker would hide the one by the other.
+            names = [entry["name"] for entry in container.get("env", [])]
+            assert len(names) == len(set(names))
             for source in container.get("envFrom", []):
                 if "secretRef" in source:
                     assert source["secretRef"]["name"] in SECRETS
