@@ -239,6 +239,31 @@ def deep_parity(settings: RunConfig, root: str) -> dict[str, Any]:
 
 
 @app.command()
+def doctor(config: ConfigFile, root: Root = "runs/default", set_: Set = None, json_: Json = False) -> None:
+    """Say what this machine, or the cluster, lacks for these settings, each with its fix."""
+    from flows.doctor import examine
+    from flows.local import on_running_cluster
+    from flows.tables import checks_table
+
+    settings = read_config(config, set_)
+    if up := running_local():
+        os.environ.update({"PREFECT_API_URL": up.prefect_url, **up.ray_environment})
+        settings = on_running_cluster(settings)
+    with console.status("looking"):
+        checks = examine(settings, root)
+    console.print(checks_table(checks))
+    problems = [line for lines in checks.values() for line in lines]
+    if json_:
+        print(
+            json.dumps({"checks": {name: not lines for name, lines in checks.items()}, "problems": problems}),
+            flush=True,
+        )
+    if problems:
+        # The table has told them.
+        raise typer.Exit(2)
+
+
+@app.command()
 def up() -> None:
     """Start Prefect's server, a worker and a Ray head on loopback; runs use them until ``down``."""
     with console.status("starting Prefect's server, a worker and a Ray head"):

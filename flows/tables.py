@@ -61,6 +61,14 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def checks_table(checks: dict[str, list[str]]) -> Table:
+    """What was looked at, and what is lacking."""
+    table = Table("", "check", "what is lacking, and the fix")
+    for name, lines in checks.items():
+        table.add_row("[red]✗[/]" if lines else "[green]✓[/]", name, "\n".join(map(escape, lines)))
+    return table
+
+
 def comparison_table(rows: list[dict[str, Any]]) -> Table:
     """Runs as columns: a line is read across them."""
     table = Table(title="runs side by side", title_justify="left")

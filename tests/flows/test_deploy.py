@@ -20,6 +20,7 @@ from machine import ROOT, Up
 from flows.server import environment
 from infra.lease import lease_path
 from infra.store import LocalStore
+from tasks.config.preset import Preset
 
 SECONDS = 900
 LOCAL = ("distill", "distill-recurring", "evaluate", "reap")
@@ -49,7 +50,9 @@ def test_up_leaves_deployments_that_prefect_deploys_alike(up: Up, tmp_path: Path
 
     for kind in ("docker", "kubernetes"):
         up.ask("/work_pools/", name=f"switchyard-{kind}", type=kind)
-    settings = {**environment(tmp_path, up.facts["prefect_url"]), "PWD": str(ROOT)}
+    ray, root, image = "http://ray:8265", "s3://bucket/prefix", "registry.example/switchyard:1"
+    elsewhere = {"SWITCHYARD_RAY_ADDRESS": ray, "SWITCHYARD_ROOT": root, "SWITCHYARD_IMAGE": image}
+    settings = {**environment(tmp_path, up.facts["prefect_url"]), **elsewhere, "PWD": str(ROOT)}
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     deployed = subprocess.run(
         command, env={**up.environment, **settings}, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
@@ -60,7 +63,13 @@ def test_up_leaves_deployments_that_prefect_deploys_alike(up: Up, tmp_path: Path
         for flow in ("distill", "evaluate"):
             there = up.deployment(flow, f"{flow}-{kind}")
             assert there["work_pool_name"] == f"switchyard-{kind}"
-            assert there["parameters"]["root"].startswith("s3://")
+            assert there["parameters"]["root"] == root
+            assert there["job_variables"]["image"] == image
+    weekly = up.deployment("distill-recurring", "distill-recurring-kubernetes")["parameters"]["config"]
+    chosen = Preset.model_validate(weekly).settings()
+    assert chosen.resources.ray_address == ray
+    assert chosen.prompts.sources[0].path == f"{root}/inbox"
+    assert up.deployment("reap", "reap-kubernetes")["parameters"] == {"ray_address": ray}
     assert subprocess.run(["git", "diff", "--quiet", "prefect.yaml"], cwd=ROOT).returncode == 0
 
 

@@ -1,0 +1,175 @@
+"""What this machine, or the cluster, lacks for these settings: ``switchyard doctor``. One line a lack: what it is
+about, what is wrong, the fix.
+
+Beside what a plan looks at (`flows/preflight.py`): the tools and devices of a machine that is to do the work, and the
+servers that are to be there already. Starts nothing, and asks no model.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from base64 import b64encode
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from urllib.parse import urlparse
+
+import httpx
+
+from flows.estimate import GIB, estimate
+from flows.preflight import Checks, preflight, problem, readable
+from flows.story import on_gpu
+from infra.store import open_store
+from tasks.config import RunConfig
+from tasks.config.models import OpenAIModel
+from tasks.models import ROLES
+
+SECONDS = 10.0
+# Ray's objects and the messages between a training step's processes lie there; containers get 64 MiB unless told.
+SHARED_GIB = 1.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def examine(config: RunConfig, root: str) -> Checks:
+    """Lacks by name of the check."""
+    address = config.resources.ray_address
+    checks = {"Prefect's server": prefect_server(os.environ.get("PREFECT_API_URL"))}
+    if address:
+        checks["Ray cluster"] = ray_cluster(address)
+    else:
+        checks |= {"compiler": compiler(), "shared memory": shared_memory(Path("/dev/shm"))}
+        if on_gpu(config):
+            checks["GPUs"] = gpus(config, visible_gpus())
+    found = readable(config, root)
+    if not found["store can be written"]:
+        found["store keeps what stands"] = problem("--root", partial(conditional, root))
+    checks |= found
+    # The rest needs models and sources that can be read.
+    return checks if any(found.values()) else checks | preflight(config, root, estimate(config))
+
+
+def compiler() -> list[str]:
+    """Engines compile small pieces when they start."""
+    if shutil.which("g++"):
+        return []
+    return ["compiler: there is no g++, and engines compile when they start: apt-get install g++"]
+
+
+def shared_memory(place: Path) -> list[str]:
+    if not place.is_dir():
+        return []
+    size = shutil.disk_usage(place).total / GIB
+    if size >= SHARED_GIB:
+        return []
+    return [
+        f"{place}: it has {size:.2f} GiB, Ray and training want {SHARED_GIB:g} at least: docker run --shm-size=4g, "
+        "or an emptyDir of medium Memory in Kubernetes"
+    ]
+
+
+def visible_gpus() -> int:
+    """GPUs of this machine that this process may use."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([name for name in chosen.split(",") if name.strip() and name.strip() != "-1"])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def gpus_needed(config: RunConfig) -> tuple[int, int]:
+    """GPUs that engines take, and training workers. Roles with the same model and settings share their engines."""
+    engines = {
+        repr((source, engine)): engine.replicas * engine.tensor_parallel
+        for source, engine in ((getattr(config.models, role), getattr(config.engines, role)) for role in ROLES)
+        if not isinstance(source, OpenAIModel)
+    }
+    return sum(engines.values()), config.resources.train_workers * config.resources.gpus_per_worker
+
+
+def gpus(config: RunConfig, there: int) -> list[str]:
+    """Enough GPUs, a build of torch for them, and a driver for that."""
+    if not there:
+        return ["device: gpu, and this machine has no GPU: set device: cpu, or resources.ray_address"]
+    serving, training = gpus_needed(config)
+    release = config.resources.release_engines
+    needed = max(serving, training) if release else serving + training
+    found = []
+    if needed > there:
+        found.append(
+            f"resources: engines take {serving} GPUs, training {training}, this machine has {there}: "
+            + ("" if release else "set resources.release_engines, ")
+            + "lower replicas, tensor_parallel or train_workers, or let the teacher be its own TA"
+        )
+    build = version("torch")
+    if build.endswith("+cpu"):
+        return [*found, f"torch: {build} knows no GPU: make clean env EXTRA=gpu"]
+    # It alone knows whether the driver is new enough for it.
+    asked = [sys.executable, "-c", "import torch; torch.cuda.init()"]
+    told = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+    if told.returncode:
+        cause = (told.stderr.strip().splitlines() or ["no reason given"])[-1]
+        found.append(f"driver: torch {build} cannot use the GPU ({cause[:200]}): update NVIDIA's driver")
+    return found
+
+
+def guarded(what: str, url: str, path: str, headers: dict[str, str], key: str) -> httpx.Response | str:
+    """The answer to who has the key; else the lack. So is a server that strangers get an answer from."""
+    base = url.rstrip("/")
+    try:
+        own = httpx.get(f"{base}{path}", headers=headers, timeout=SECONDS)
+        stranger = httpx.get(f"{base}{path}", timeout=SECONDS)
+    except httpx.HTTPError as error:
+        return f"{what}: {url} does not answer ({type(error).__name__}): start it, or correct the address"
+    if own.status_code in (401, 403):
+        refused = f"this {key}" if headers else f"requests without {key}"
+        return f"{what}: {url} refuses {refused}: export {key} as it has it"
+    if own.status_code != 200:
+        return f"{what}: {url} answers {own.status_code} for {path}: correct the address"
+    if stranger.status_code == 200 and urlparse(url).hostname not in LOOPBACK:
+        return f"{what}: {url} answers whoever asks: let it demand {key}"
+    return own
+
+
+def prefect_server(url: str | None) -> list[str]:
+    """The server that the environment names; a run without one starts its own."""
+    if not url:
+        return []
+    headers = {}
+    if secret := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {b64encode(secret.encode()).decode()}"
+    elif key := os.environ.get("PREFECT_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    answer = guarded("PREFECT_API_URL", url, "/admin/version", headers, "PREFECT_API_AUTH_STRING")
+    if isinstance(answer, str):
+        return [answer]
+    return same("PREFECT_API_URL", "Prefect", str(answer.json()), version("prefect"), parts=2)
+
+
+def ray_cluster(address: str) -> list[str]:
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    answer = guarded("resources.ray_address", address, "/api/version", headers, "RAY_AUTH_TOKEN")
+    if isinstance(answer, str):
+        return [answer]
+    return same("resources.ray_address", "Ray", answer.json()["ray_version"], version("ray"), parts=3)
+
+
+def same(what: str, name: str, theirs: str, ours: str, parts: int) -> list[str]:
+    if theirs.split(".")[:parts] == ours.split(".")[:parts]:
+        return []
+    return [f"{what}: it runs {name} {theirs}, this environment has {ours}: install the same version on both sides"]
+
+
+def conditional(root: str) -> None:
+    """ValueError where the store replaces what stands: commit records and manifests are created exclusively."""
+    store, path = open_store(root), f"probe/{uuid.uuid4().hex}"
+    try:
+        store.create(path, b"first")
+        if store.create(path, b"second") or store.swap(path, b"other", b"third") or store.read(path) != b"first":
+            raise ValueError(
+                f"{root}: its server replaces objects that stand (it ignores If-None-Match and If-Match), so two runs "
+                "could spoil each other: use one that honours conditional puts, such as AWS S3 or a current MinIO"
+            )
+    finally:
+        store.delete(path)
