@@ -7,6 +7,7 @@ from typing import Any
 from uuid import UUID
 
 import httpx
+from prefect import task
 from prefect.artifacts import (
     create_image_artifact,
     create_link_artifact,
@@ -15,6 +16,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
@@ -135,8 +137,10 @@ def budget_rows(accounts: list[Account]) -> list[dict[str, Any]]:
     return rows
 
 
+@task(name="publish", task_run_name="publish", cache_policy=NO_CACHE, persist_result=False)
 def publish(record: RunRecord, store: Store) -> None:
-    """The facts of a finished run as artifacts of its flow run."""
+    """The facts of a finished run as artifacts. A task's: on the flow run's page they stand below the flow's own, which
+    is the summary alone, since artifacts of one level have no order there."""
     manifests = record.manifests(store)
     facts = manifests["report"].facts
     stages = [
@@ -169,12 +173,18 @@ def publish(record: RunRecord, store: Store) -> None:
     create_table_artifact(
         table=budget_rows(accounts(manifests, budget)), key="budget", description="The teacher budget, charged and left"
     )
-    report, student = store.location(facts["report"]), place(store, facts["student"])
+    report = store.location(facts["report"])
     link = report if "://" in report else f"file://{report}"
     create_link_artifact(link=link, link_text="Report", key="report", description="The run's report")
     # Within the artifact: a browser shows no picture of a folder, nor of a bucket that is not public.
     picture = base64.b64encode(store.read(facts["overview"])).decode()
     create_image_artifact(f"data:image/png;base64,{picture}", key="overview", description="The report's overview")
+
+
+def summarise(record: RunRecord, store: Store) -> None:
+    """What a finished run came to, on top of its flow run's artifacts."""
+    facts = record.manifests(store)["report"].facts
+    report, student = store.location(facts["report"]), place(store, facts["student"])
     create_markdown_artifact(
         f"# {record.run}\n\n{facts['verdict']}\n\n{gate_lines(facts)}\n\nReport: `{report}`\n\nStudent: `{student}`\n",
         key="summary",

@@ -18,7 +18,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows.artifacts import publish
+from flows.artifacts import publish, summarise
 from flows.cycle import NothingToDo
 from flows.display import display
 from flows.ends import StageCancelled, StageDamaged, StageFailed, StageRefused
@@ -116,6 +116,7 @@ class Runner(Pipeline):
         """Facts of the finished run. Its record is written as completed first."""
         self.record.state, self.record.seconds = "Completed", time.monotonic() - self.began
         publish(self.record, self.store)
+        summarise(self.record, self.store)
         promotion = current(self.store, self.config.name)
         report = self.record.stages[-1]
         if promotion and promotion.fingerprint == report.fingerprint and not report.reused:
