@@ -170,6 +170,14 @@ def test_a_run_is_started_from_the_form_cancelled_and_started_again(
     assert up.wait(again, seconds=SECONDS)["type"] == "CANCELLED"
 
 
+def test_the_schedule_is_seen(operator: Operator, up: Up) -> None:
+    page = operator.page
+    page.goto(f"{up.ui}/deployments")
+    page.get_by_role("link", name="distill-recurring", exact=True).first.click()
+    page.get_by_text("03:00 AM").first.wait_for()
+    operator.shoot("schedule")
+
+
 @pytest.mark.long
 def test_a_run_cancelled_in_its_training_continues_to_its_artifacts(
     operator: Operator, up: Up, tmp_path: Path, before: set[int]

@@ -30,15 +30,15 @@ make_slots(NAME, 3)
 make_slots(NAME, 9)
 client = get_client(sync_client=True)
 assert client.read_global_concurrency_limit_by_name(NAME).limit == 3
-said, ids = [], {}
+said, ids, over = [], {}, threading.Event()
 
 @flow
-def work(who: str, count: int, over: object = None, name: str = NAME) -> None:
+def work(who: str, count: int, name: str = NAME) -> None:
     ids[who] = flow_run.id
     try:
         with held(name, count):
             said.append(who + " begins")
-            if over:
+            if who == "first":
                 over.wait()
         said.append(who + " ends")
     except StageCancelled:
@@ -46,8 +46,8 @@ def work(who: str, count: int, over: object = None, name: str = NAME) -> None:
     except StageRefused as refused:
         said.append(str(refused))
 
-def start(who, count, over=None):
-    thread = threading.Thread(target=work, args=(who, count, over))
+def start(who, count):
+    thread = threading.Thread(target=work, args=(who, count))
     thread.start()
     return thread
 
@@ -57,11 +57,7 @@ def until(text):
         assert time.monotonic() < deadline, (text, said)
         time.sleep(0.1)
 
-class Event(threading.Event):
-    "Parameters of a flow are looked at by value."
-
-over = Event()
-first = start("first", 2, over)
+first = start("first", 2)
 until("first begins")
 cancelled = start("cancelled", 2)
 time.sleep(4)
