@@ -20,6 +20,7 @@ from infra.cluster import free_port
 from infra.process import Guarded
 
 SECONDS = 500
+FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 PREFECT = [sys.executable, "-m", "prefect"]
 
 
@@ -76,6 +77,7 @@ def test_a_flow_runs_on_a_server_with_postgres(postgres: str, tmp_path: Path) ->
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     known = {**server_environment(tmp_path, url), "PREFECT_API_DATABASE_CONNECTION_URL": postgres}
+    worker: Guarded | None = None
     server = Guarded(server_command(port), tmp_path / "server.log", known)
     client = {**os.environ, **environment(tmp_path, url), "PWD": str(ROOT)}
 
@@ -96,14 +98,20 @@ def test_a_flow_runs_on_a_server_with_postgres(postgres: str, tmp_path: Path) ->
             prefect("work-pool", "create", name, "--type", kind)
         prefect("--no-prompt", "deploy", "--all")
         prefect("deployment", "run", "reap/reap")
-        prefect("worker", "start", "--pool", "switchyard", "--type", "process", "--run-once")
+        command = [*PREFECT, "worker", "start", "--pool", "switchyard", "--type", "process"]
+        worker = Guarded(command, tmp_path / "worker.log", client)
         api = httpx.Client(base_url=url, timeout=60)
         assert api.post("/deployments/count", json={}).json() == 8
         assert api.get("/v2/concurrency_limits/switchyard-gpus").json()["limit"] == 8
         wanted = {"flows": {"name": {"any_": ["reap"]}}, "flow_runs": {"state": {"type": {"not_any_": ["SCHEDULED"]}}}}
-        (run,) = api.post("/flow_runs/filter", json=wanted).json()
-        assert run["state"]["type"] == "COMPLETED", run["state"]
+        deadline = time.monotonic() + 200
+        while not (runs := api.post("/flow_runs/filter", json=wanted).json()) or runs[0]["state"]["type"] not in FINAL:
+            assert time.monotonic() < deadline, worker.tail(30)
+            time.sleep(0.5)
+        assert [run["state"]["type"] for run in runs] == ["COMPLETED"]
     finally:
+        if worker:
+            worker.stop()
         server.stop()
     # It was Postgres that kept it.
     assert not list(tmp_path.glob("*.db"))
