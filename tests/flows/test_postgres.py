@@ -27,7 +27,7 @@ PREFECT = [sys.executable, "-m", "prefect"]
 def binaries() -> Path | None:
     """Where Postgres' programs lie: on the path, or where Debian puts those of the newest version."""
     if found := shutil.which("initdb"):
-        return Path(found).parent
+        return Path(found).resolve().parent
     versions = Path("/usr/lib/postgresql").glob("*/bin/initdb")
     return max((path.parent for path in versions), key=lambda path: int(path.parent.name), default=None)
 
