@@ -1,18 +1,22 @@
 """What a run leaves in Prefect: a progress artifact a stage, tables, a summary, the report's place."""
 
+import base64
 import time
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
 import httpx
+from prefect import task
 from prefect.artifacts import (
+    create_image_artifact,
     create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
@@ -39,9 +43,11 @@ class StageProgress:
         self.stage = stage
         self.id: UUID | None = None
         self._at = 0.0
+        self._first: tuple[float, float] | None = None  # when, and how much was done then
         self._last: dict[str, Any] | None = None
 
     def update(self, event: dict[str, Any]) -> None:
+        self._first = self._first or (time.monotonic(), event["done"])
         self._last = event
         if time.monotonic() - self._at >= UPDATE_SECONDS:
             self._at = time.monotonic()
@@ -51,11 +57,7 @@ class StageProgress:
 
     def _write(self, event: dict[str, Any]) -> None:
         share = 100.0 * event["done"] / event["total"] if event["total"] else 0.0
-        text = f"{event['done']:,g} of {event['total']:,g} {event['unit']}"
-        if event.get("tokens_per_second"):
-            text += f", {event['tokens_per_second']:,g} tokens/s"
-        if event.get("left"):
-            text += f"; left of the budget: {event['left']}"
+        text = progress_text(event, self._time_left(event))
         if self.id is None:
             created = create_progress_artifact(share, key=f"progress-{self.stage}", description=text)
             assert isinstance(created, UUID)
@@ -63,11 +65,42 @@ class StageProgress:
         else:
             update_progress_artifact(self.id, share, description=text)
 
+    def _time_left(self, event: dict[str, Any]) -> float | None:
+        """Seconds until all is done at the pace since the first figure; None while that is not known."""
+        began, done = self._first or (0.0, 0.0)
+        gained, left = event["done"] - done, event["total"] - event["done"]
+        return (time.monotonic() - began) * left / gained if gained > 0 and left > 0 else None
+
     def close(self) -> None:
         """The last figure, which the rate limit may have held back."""
         if self._last is not None:
             with suppress(httpx.HTTPError):
                 self._write(self._last)
+
+
+def progress_text(event: dict[str, Any], seconds_left: float | None) -> str:
+    """How far a stage is: rows, tokens, rate, time left, and what the teacher was charged."""
+    parts = [f"{event['done']:,g} of {event['total']:,g} {event['unit']}"]
+    if event.get("tokens"):
+        parts.append(f"{event['tokens']:,} tokens")
+    if event.get("tokens_per_second"):
+        parts.append(f"{event['tokens_per_second']:,g} tokens/s")
+    if seconds_left is not None:
+        parts.append(f"about {duration(seconds_left)} left")
+    text = ", ".join(parts)
+    if charged := event.get("charged"):
+        tokens = charged["prompt_tokens"] + charged["completion_tokens"]
+        money = f", {charged['money']:,.4g} {charged['currency']}" if "money" in charged else ""
+        text += f"; teacher: {charged['queries']:,} queries, {tokens:,} tokens{money}; left: {event['left']}"
+    return text
+
+
+def duration(seconds: float) -> str:
+    """Two significant places: an estimate pretends no more."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def interval(low_high: list[float] | None) -> str:
@@ -104,8 +137,10 @@ def budget_rows(accounts: list[Account]) -> list[dict[str, Any]]:
     return rows
 
 
+@task(name="publish", task_run_name="publish", cache_policy=NO_CACHE, persist_result=False)
 def publish(record: RunRecord, store: Store) -> None:
-    """The facts of a finished run as artifacts of its flow run."""
+    """The facts of a finished run as artifacts. A task's: on the flow run's page they stand below the flow's own, which
+    is the summary alone, since artifacts of one level have no order there."""
     manifests = record.manifests(store)
     facts = manifests["report"].facts
     stages = [
@@ -113,6 +148,7 @@ def publish(record: RunRecord, store: Store) -> None:
             "stage": stage.name,
             "seconds": round(stage.seconds, 1),
             "reused": stage.reused,
+            "attempts": stage.attempts,
             "rows": sum(table.rows for table in manifests[stage.name].tables.values()),
             "fingerprint": stage.fingerprint,
         }
@@ -137,9 +173,18 @@ def publish(record: RunRecord, store: Store) -> None:
     create_table_artifact(
         table=budget_rows(accounts(manifests, budget)), key="budget", description="The teacher budget, charged and left"
     )
-    report, student = store.location(facts["report"]), place(store, facts["student"])
+    report = store.location(facts["report"])
     link = report if "://" in report else f"file://{report}"
     create_link_artifact(link=link, link_text="Report", key="report", description="The run's report")
+    # Within the artifact: a browser shows no picture of a folder, nor of a bucket that is not public.
+    picture = base64.b64encode(store.read(facts["overview"])).decode()
+    create_image_artifact(f"data:image/png;base64,{picture}", key="overview", description="The report's overview")
+
+
+def summarise(record: RunRecord, store: Store) -> None:
+    """What a finished run came to, on top of its flow run's artifacts."""
+    facts = record.manifests(store)["report"].facts
+    report, student = store.location(facts["report"]), place(store, facts["student"])
     create_markdown_artifact(
         f"# {record.run}\n\n{facts['verdict']}\n\n{gate_lines(facts)}\n\nReport: `{report}`\n\nStudent: `{student}`\n",
         key="summary",

@@ -17,13 +17,15 @@ from flows.story import on_gpu
 from infra.manifest import load_manifest
 from infra.store import open_store
 from tasks.config import RunConfig
+from tasks.config.trackers import Trackers
 
 
 @flow(name="deep-check", flow_run_name="{config.name}", log_prints=False)
 def deep_check(config: RunConfig, root: str) -> Any:
     """The largest and mean difference of log-probabilities for teacher and student, by role."""
     try:
-        start = look(on_running_cluster(config), open_store(root))
+        # A check is no run that anybody follows.
+        start = look(on_running_cluster(config.model_copy(update={"trackers": Trackers()})), open_store(root))
         with Runner.open(start.config, root, run=f"{start.run}-deep") as runner:
             return compare(runner, start)
     except Exception as error:

@@ -18,6 +18,7 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 
 from flows.local import POOL
+from flows.slots import gpus_here, make_slots
 
 FILE = Path(__file__).parent.parent / "prefect.yaml"
 
@@ -25,8 +26,10 @@ FILE = Path(__file__).parent.parent / "prefect.yaml"
 def deploy_local() -> list[str]:
     """Put them there, or bring them up to date; returns their names."""
     make_pool()
-    entries = yaml.safe_load(FILE.read_text())["deployments"]
-    return [put(entry) for entry in entries if entry["work_pool"]["name"] == POOL]
+    said = yaml.safe_load(FILE.read_text())
+    (slots,) = (step["flows.slots.make_slots"] for step in said["build"])
+    make_slots(**slots | ({"limit": gpus_here()} if gpus_here() else {}))
+    return [put(entry) for entry in said["deployments"] if entry["work_pool"]["name"] == POOL]
 
 
 def make_pool() -> None:

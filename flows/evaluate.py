@@ -12,6 +12,7 @@ from flows.artifacts import metric_rows
 from flows.cycle import identities
 from flows.distill import prepare
 from flows.ends import end_of
+from flows.local import on_running_cluster
 from flows.prelude import measured
 from flows.runner import Runner, run_name
 from flows.story import Pipeline
@@ -46,7 +47,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
 def evaluate(config: Evaluation, root: str = "runs/default") -> Any:
     """Measure one model on problems: accuracy, and response loss and ROUGE-L where references are known."""
     try:
-        settings = measured(config, root).settings()
+        settings = on_running_cluster(measured(config, root).settings())
         with Runner.open(settings, root) as runner:
             manifest = load_manifest(runner.store, story(runner, identities(settings, {})))
         row = {**metric_rows(manifest.facts["metrics"])[0], "model": settings.name}

@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def summary(self) -> str:
-        from flows.tables import duration
+        from flows.artifacts import duration
 
         if self.nothing:
             return self.nothing

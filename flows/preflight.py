@@ -19,6 +19,7 @@ from flows.estimate import GIB, Estimate
 from flows.model_checks import cache, distributions, templates, text_only, whole
 from flows.reach import reach
 from flows.story import on_gpu
+from flows.trackers import usable
 from infra.files import list_files
 from infra.store import open_store
 from tasks.config import RunConfig
@@ -60,6 +61,7 @@ def readable(config: RunConfig, root: str) -> Checks:
         "models can be read": list(dict.fromkeys(found)),
         "prompts can be read": sources_readable(config),
         "verifier is there": verifier,
+        "trackers can be used": usable(config.trackers),
     }
 
 
@@ -85,6 +87,7 @@ def measurable(evaluation: Evaluation, root: str) -> list[str]:
         found += problem(f"problems.{number}", partial(check_source, source))
     if evaluation.verifier != "auto":
         found += problem("verifier", partial(check_verifier, evaluation.verifier))
+    found += usable(evaluation.trackers)
     return found or places(evaluation.settings(), root)
 
 

@@ -9,11 +9,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Failed
 from pydantic import ValidationError
 
+from flows.artifacts import duration
 from flows.ends import StageRefused
 from flows.local import on_running_cluster
 from flows.plan import Plan, plan_run
 from flows.preflight import measurable
-from flows.tables import duration
 from tasks.config import RunConfig
 from tasks.config.evaluation import Evaluation
 from tasks.config.preset import Preset, kind

@@ -8,7 +8,7 @@ import shlex
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, Self
 
 from prefect import Task
@@ -18,13 +18,15 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows.artifacts import publish
+from flows.artifacts import publish, summarise
 from flows.cycle import NothingToDo
 from flows.display import display
 from flows.ends import StageCancelled, StageDamaged, StageFailed, StageRefused
 from flows.notify import announce
 from flows.record import RunRecord, StageRecord, load_record, outcome, rival_of, run_id
+from flows.slots import AT_WORK, gpus_of, held
 from flows.story import Pipeline
+from flows.trackers import Following
 from flows.watch import StageWatch, check_cancelled
 from infra.cluster import FINAL, QUIET, Cluster, Job, running_jobs, stop_jobs, submit
 from infra.faults import fault_of
@@ -48,6 +50,7 @@ class Runner(Pipeline):
         self.record = record
         self.cluster = Cluster(config.resources.ray_address)
         self.room: Job | None = None
+        self.slots: ExitStack | None = None
         self.began = time.monotonic()
         self._ended: BaseException | None = None
         self._closed = threading.Event()
@@ -75,6 +78,7 @@ class Runner(Pipeline):
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._renew_lease, daemon=True, name="lease").start()
+        self.following = Following(self.config, self.run, self.store, get_run_logger())
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -104,11 +108,15 @@ class Runner(Pipeline):
                     stop_jobs(self.cluster, [job for job, data in jobs if self._metadata.items() <= data.items()])
         finally:
             self.cluster.close()
+            if self.slots:
+                self.slots.close()
+            self.following.close(self.record.state)
 
     def outcome(self) -> dict[str, Any]:
         """Facts of the finished run. Its record is written as completed first."""
         self.record.state, self.record.seconds = "Completed", time.monotonic() - self.began
         publish(self.record, self.store)
+        summarise(self.record, self.store)
         promotion = current(self.store, self.config.name)
         report = self.record.stages[-1]
         if promotion and promotion.fingerprint == report.fingerprint and not report.reused:
@@ -129,6 +137,7 @@ class Runner(Pipeline):
         entry = self.record.stages[-1]
         manifest = load_manifest(self.store, spec.manifest_path)
         display().finished(name, manifest, reused=entry.reused, seconds=entry.seconds)
+        self.following.finished(name, manifest)
         return spec.manifest_path
 
     def _task(self, spec: StageSpec) -> Any:
@@ -148,7 +157,9 @@ class Runner(Pipeline):
                 raise
             self._ended = StageFailed(f"{spec.stage}: {fault.line}")
             return Failed(message=str(self._ended))
-        return Completed(message="reused" if self.record.stages[-1].reused else None)
+        entry = self.record.stages[-1]
+        tries = f"after {entry.attempts} attempts" if entry.attempts > 1 else None
+        return Completed(message="reused" if entry.reused else tries)
 
     def _stage(self, spec: StageSpec) -> None:
         """See that the stage's manifest stands."""
@@ -161,10 +172,19 @@ class Runner(Pipeline):
         else:
             self.record.save(self.store)
             display().started(spec.stage)
+            self.following.started(spec.stage)
+            self._hold_slots(spec)
             while not self._attempt(spec, entry):
                 get_run_logger().warning("%s ended without a result; attempt %d", spec.stage, entry.attempts + 1)
         entry.seconds = time.monotonic() - began
         self.record.save(self.store)
+
+    def _hold_slots(self, spec: StageSpec) -> None:
+        """Before the run's first stage on GPUs: wait for them, and hold them to the run's end."""
+        name, count = self.config.resources.gpu_slots, gpus_of(self.config)
+        if name and count and self.slots is None and spec.module in AT_WORK:
+            self.slots = ExitStack()
+            self.slots.enter_context(held(name, count))
 
     def _attempt(self, spec: StageSpec, entry: StageRecord) -> bool:
         """Run the stage's job once. True: its manifest stands. False: it died and may be tried again."""
@@ -173,7 +193,7 @@ class Runner(Pipeline):
         spec_path = f"{spec.folder}/spec.json"
         self.store.write(spec_path, spec.model_dump_json(indent=1).encode())
         job = self._submit(spec, entry, spec_path)
-        watch = StageWatch(spec.stage)
+        watch = StageWatch(spec.stage, self.following)
         # On Ctrl-C and cancel the job must not outlive its flow: see ``_close``.
         self._watch(job, watch)
         watch.close()
@@ -209,15 +229,19 @@ class Runner(Pipeline):
         return {**QUIET, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     def _watch(self, job: Job, watch: StageWatch) -> None:
-        """Follow the job to its end. Raises StageCancelled, or StageFailed past the deadline."""
+        """Follow the job to its end, which past the deadline is set to it. Raises StageCancelled, or StageFailed."""
         deadline = time.monotonic() + 60 * self.config.resources.stage_deadline_minutes
         state_at = time.monotonic()
         while job.status not in FINAL:
             watch.take(job.lines())
             now = time.monotonic()
             if now > deadline:
-                minutes = self.config.resources.stage_deadline_minutes
-                raise StageFailed(f"{watch.stage}: past resources.stage_deadline_minutes {minutes:g}")
+                late = f"past resources.stage_deadline_minutes {self.config.resources.stage_deadline_minutes:g}"
+                if not self.config.resources.retry_late_stages:
+                    raise StageFailed(f"{watch.stage}: {late}")
+                watch.fault = late
+                stop_jobs(self.cluster, [job.id])
+                break
             if now - state_at > STATE_SECONDS:
                 state_at = now
                 check_cancelled()

@@ -5,7 +5,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from flows.artifacts import BUDGET_COLUMNS, budget_rows, metric_rows
+from flows.artifacts import BUDGET_COLUMNS, budget_rows, duration, metric_rows
 from flows.plan import Plan
 from infra.manifest import Manifest
 from tasks.accounts import Account
@@ -149,11 +149,3 @@ def parity_table(found: dict[str, Any]) -> Table:
     for role, gap in found.items():
         table.add_row(role, f"{gap['mean']:.2g}", f"{gap['largest']:.2g}", str(gap["tokens"]))
     return table
-
-
-def duration(seconds: float) -> str:
-    """Two significant places: an estimate pretends no more."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -12,16 +12,17 @@ from prefect.runtime import flow_run
 from flows.artifacts import StageProgress
 from flows.display import display
 from flows.ends import StageCancelled
+from flows.trackers import Following
 from tasks.stage import MARK
 
 LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARNING": logging.WARNING, "ERROR": logging.ERROR}
 
 
 class StageWatch:
-    """What a running stage says: progress to display and artifact, its error, its log to Prefect."""
+    """What a running stage says: progress to display, artifact and trackers, its error, its log to Prefect."""
 
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
+    def __init__(self, stage: str, following: Following) -> None:
+        self.stage, self.following = stage, following
         self.error = ""
         self.damage = ""
         self.fault = ""
@@ -43,6 +44,7 @@ class StageWatch:
                 else:
                     display().progress(self.stage, event)
                     self.artifact.update(event)
+                    self.following.progress(self.stage, event)
             elif line.strip():
                 self.last_line = line.strip()[:300]
                 level, _, rest = line.partition(" ")

@@ -82,8 +82,9 @@ class Purse:
         return self.ledger.spent_before + self.ledger.spent
 
     def left(self) -> dict[str, Any]:
-        """Of the budget, in words, for those who watch."""
-        return {"left": in_words(self.caps, self.charged())}
+        """Of the budget, for those who watch: what is left in words, what is charged in figures."""
+        charged = self.charged()
+        return {"left": in_words(self.caps, charged), "charged": priced(self.total, charged)}
 
     def facts(self) -> dict[str, Any]:
         """For the manifest."""

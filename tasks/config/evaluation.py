@@ -12,6 +12,7 @@ from tasks.config.models import EngineConfig, Engines, Models, ModelSource
 from tasks.config.prompts import NearDuplicates, PromptsConfig, PromptSource, ReasoningGymSource, ReasoningGymTask
 from tasks.config.run import NAME, Resources, RunConfig, SamplingConfig
 from tasks.config.signals import Sampling
+from tasks.config.trackers import Trackers
 from tasks.config.train import TrainConfig
 
 
@@ -42,6 +43,8 @@ class Evaluation(Config):
     """How the model is served."""
     resources: Resources = Resources()
     """What the evaluation may take."""
+    trackers: Trackers = Trackers()
+    """Where it is followed beside Prefect."""
     seed: int = 0
     """Seed of everything that is drawn."""
 
@@ -88,4 +91,5 @@ class Evaluation(Config):
             evaluate=self.evaluate,
             engines=Engines(teacher=self.engine, assistant=self.engine, student=self.engine),
             resources=self.resources,
+            trackers=self.trackers,
         )

@@ -14,6 +14,7 @@ from tasks.config.models import Engines, Models, OpenAIModel, PromotedModel
 from tasks.config.prompts import InboxSource, PromptsConfig
 from tasks.config.recurring import Recurring
 from tasks.config.signals import Distributions, Sampling, Signals
+from tasks.config.trackers import Trackers
 from tasks.config.train import TrainConfig
 
 NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
@@ -21,6 +22,7 @@ NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 # Settings that change no result, only how it is come by: neither runs nor results are named by them.
 OPERATIONAL: Any = {
     "resources": True,
+    "trackers": True,
     "engines": True,
     "device": True,
     "budget": {"spending_factor": True, "approve_above": True},
@@ -53,9 +55,14 @@ class Resources(Config):
     release_engines: bool = False
     """End the engines before training and load them again after it: for machines where both do not fit."""
     stage_deadline_minutes: float = Field(default=1440, gt=0)
-    """A stage that runs longer is stopped and the run fails."""
+    """A stage that runs longer is stopped, and the run fails unless ``retry_late_stages`` is set."""
+    retry_late_stages: bool = False
+    """Submit a stage past its deadline again, as one that died; it continues at the first missing part."""
     stage_retries: int = Field(default=2, ge=0, le=20)
     """How often a stage that died is submitted again; it continues at the first missing part."""
+    gpu_slots: str | None = Field(default="switchyard-gpus", pattern=r"^[^/%&><]+$")
+    """Prefect's global concurrency limit of which a run takes a slot a GPU, from its first stage that needs GPUs to its
+    end. Where the server has no such limit, and on CPU, nothing waits."""
 
 
 class RunConfig(Config):
@@ -91,6 +98,8 @@ class RunConfig(Config):
     """How models are served."""
     resources: Resources = Resources()
     """What the run may take."""
+    trackers: Trackers = Trackers()
+    """Where the run is followed beside Prefect."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where models run; ``auto``: GPUs if this machine, or the cluster, has them."""
 

@@ -18,11 +18,13 @@ import tiny
 from machine import ROOT, Up
 
 from flows.server import environment
+from flows.slots import gpus_here
 from infra.lease import lease_path
 from infra.store import LocalStore
 from tasks.config.preset import Preset
 
 SECONDS = 900
+SLOTS = "switchyard-gpus"
 LOCAL = ("distill", "distill-recurring", "evaluate", "reap")
 # What a deployment says, beside ids and times.
 SAID = (
@@ -33,10 +35,15 @@ SAID = (
 
 def said(deployment: dict[str, Any]) -> dict[str, Any]:
     limit = deployment["global_concurrency_limit"]
-    schedules = [(found["slug"], found["active"], found["schedule"]) for found in deployment["schedules"]]
+    schedules = [
+        (found["slug"], found["active"], found["schedule"], found["parameters"]) for found in deployment["schedules"]
+    ]
     return {key: deployment[key] for key in SAID} | {
         "global_concurrency_limit": limit and limit["limit"],
-        "schedules": [(slug, active, schedule["cron"], schedule["timezone"]) for slug, active, schedule in schedules],
+        "schedules": [
+            (slug, active, schedule["cron"], schedule["timezone"], parameters)
+            for slug, active, schedule, parameters in schedules
+        ],
     }
 
 
@@ -45,7 +52,14 @@ def test_up_leaves_deployments_that_prefect_deploys_alike(up: Up, tmp_path: Path
     before = {name: said(up.deployment(name)) for name in LOCAL}
     assert before["distill"]["global_concurrency_limit"] == 1
     assert before["distill"]["concurrency_options"]["collision_strategy"] == "ENQUEUE"
-    assert before["reap"]["schedules"] == [("hourly", True, "17 * * * *", "Etc/UTC")]
+    assert before["reap"]["schedules"] == [("hourly", True, "17 * * * *", "Etc/UTC", {})]
+    weekly = ("weekly", False, "0 3 * * 1", "Etc/UTC", {"root": "runs/weekly"})
+    assert before["distill-recurring"]["schedules"] == [weekly]
+    assert before["distill-recurring"]["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+    slots = up.ask(f"/v2/concurrency_limits/{SLOTS}")
+    assert (slots["limit"], slots["active"]) == (gpus_here() or 8, True)
+    # Somebody sets it: what deploys again leaves it.
+    up.api.patch(f"/v2/concurrency_limits/{SLOTS}", json={"limit": 3}).raise_for_status()
     assert {deployment["version"] for deployment in before.values()} == {version("switchyard")}
 
     for kind in ("docker", "kubernetes"):
@@ -70,7 +84,22 @@ def test_up_leaves_deployments_that_prefect_deploys_alike(up: Up, tmp_path: Path
     assert chosen.resources.ray_address == ray
     assert chosen.prompts.sources[0].path == f"{root}/inbox"
     assert up.deployment("reap", "reap-kubernetes")["parameters"] == {"ray_address": ray}
+    assert up.ask(f"/v2/concurrency_limits/{SLOTS}")["limit"] == 3
     assert subprocess.run(["git", "diff", "--quiet", "prefect.yaml"], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(SECONDS)
+def test_missed_schedules_are_not_all_caught_up(up: Up) -> None:
+    """What a worker finds that was away for hours: one of the missed runs is made, the others end at once."""
+    deployment, now = up.deployment("reap")["id"], datetime.now(UTC)
+    runs = []
+    for hours in (3, 2, 1):
+        late = {"scheduled_time": (now - timedelta(hours=hours)).isoformat()}
+        state = {"type": "SCHEDULED", "name": "Scheduled", "state_details": late}
+        runs.append(up.ask(f"/deployments/{deployment}/create_flow_run", state=state)["id"])
+    ends = [up.wait(run, seconds=SECONDS) for run in runs]
+    assert sorted(state["type"] for state in ends) == ["CANCELLED", "CANCELLED", "COMPLETED"], ends
 
 
 def test_the_server_refuses_what_the_form_refuses(up: Up, tmp_path: Path) -> None:

@@ -170,6 +170,14 @@ def test_a_run_is_started_from_the_form_cancelled_and_started_again(
     assert up.wait(again, seconds=SECONDS)["type"] == "CANCELLED"
 
 
+def test_the_schedule_is_seen(operator: Operator, up: Up) -> None:
+    page = operator.page
+    page.goto(f"{up.ui}/deployments")
+    page.get_by_role("link", name="distill-recurring", exact=True).first.click()
+    page.get_by_text("03:00 AM").first.wait_for()
+    operator.shoot("schedule")
+
+
 @pytest.mark.long
 def test_a_run_cancelled_in_its_training_continues_to_its_artifacts(
     operator: Operator, up: Up, tmp_path: Path, before: set[int]
@@ -192,13 +200,24 @@ def test_a_run_cancelled_in_its_training_continues_to_its_artifacts(
     assert not {"train", "evaluate-before", "evaluate-after", "report"} & reused
 
     left = up.artifacts(again)
-    assert {"plan", "stages", "metrics", "funnel", "spending", "report", "summary"} <= set(left)
+    assert {"plan", "stages", "metrics", "funnel", "spending", "report", "overview", "summary"} <= set(left)
+    # Of the flow itself only the summary, which its page then shows first.
+    assert [key for key, artifact in left.items() if artifact["task_run_id"] is None] == ["summary"]
+    assert left["progress-train"]["description"].startswith("3 of 3 steps")
+    assert "teacher: 24 queries" in left["progress-annotate"]["description"]
     page.goto(f"{up.ui}/runs/flow-run/{again}")
     page.get_by_text("Artifacts", exact=True).first.click()
+    page.get_by_role("link", name="summary").first.wait_for()
+    operator.shoot("artifacts")
     page.get_by_role("link", name="metrics").first.click()
     page.wait_for_url("**/artifacts/artifact/**")
     page.get_by_text("rouge_l").first.wait_for()
     operator.shoot("artifact")
+    page.goto(f"{up.ui}/artifacts/artifact/{left['overview']['id']}")
+    picture = page.locator("img[src^='data:image/png']").first
+    picture.wait_for()
+    assert picture.evaluate("image => image.naturalWidth") > 500
+    operator.shoot("overview")
     page.goto(f"{up.ui}/runs/flow-run/{again}")
     page.get_by_text("Completed").first.wait_for()
     operator.shoot("run")

@@ -36,10 +36,10 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
     return result
 
 
-def wait_for_stage(root: Path, stage: str, pattern: str) -> None:
-    """Return when a file of the stage's output is there."""
+def wait_for_stage(root: Path, stage: str, pattern: str, count: int = 1) -> None:
+    """Return when so many files of the stage's outputs are there."""
     deadline = time.monotonic() + SECONDS
-    while not list(root.glob(f"stages/{stage}/*/{pattern}")):
+    while len(list(root.glob(f"stages/{stage}/*/{pattern}"))) < count:
         assert time.monotonic() < deadline, f"{stage} did not start"
         time.sleep(0.1)
 
