@@ -241,10 +241,15 @@ class Ledger:
                 data = self.store.read(self._path(self._number))
             except FileNotFoundError:
                 return
-            self._apply(json.loads(data))
+            try:
+                self._apply(json.loads(data))
+            except (ValueError, LookupError, TypeError, AttributeError):
+                raise ValueError(
+                    f"budget: {self.store.location(self._path(self._number))} is damaged, so what was spent is not "
+                    "known: restore it, or do the stage again with --from, which opens new accounts"
+                ) from None
 
     def _apply(self, entry: dict[str, Any]) -> None:
-        self._number += 1
         queries = {int(number): Amount(*amount) for number, amount in entry["queries"].items()}
         extra = Amount(*entry["extra"])
         if "reserve" in entry:
@@ -258,6 +263,7 @@ class Ledger:
         if made.shard not in self._closed:
             for number in made.held:
                 self._charge(made.shard, number)
+        self._number += 1
 
     def _charge(self, shard: int, number: int) -> None:
         """A query is charged once: the most that any try of it may come to, until its shard is committed."""

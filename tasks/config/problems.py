@@ -11,5 +11,5 @@ def problems_of(error: ValidationError) -> list[str]:
         field = ".".join(str(key) for key in entry["loc"]) or "config"
         value = entry.get("input")
         got = "" if isinstance(value, dict) or entry["type"] == "missing" else f" (got {str(value)[:80]!r})"
-        lines.append(f"{field}: {entry['msg'].removeprefix('Value error, ')}{got}")
+        lines.append(" ".join(f"{field}: {entry['msg'].removeprefix('Value error, ')}{got}".split()))
     return lines

@@ -58,7 +58,7 @@ def ids(root: Path, stage: str, table: str, column: str, fingerprint: str = "*")
     import duckdb
 
     paths = f"{root}/stages/{stage}/{fingerprint}/{table}/*.parquet"
-    return [row[0] for row in duckdb.sql(f"SELECT {column} FROM '{paths}' ORDER BY 1").fetchall()]
+    return [row[0] for row in duckdb.sql(f"SELECT {column} FROM '{paths}' ORDER BY 1").fetchall()]  # noqa: S608
 
 
 def fingerprints(result: dict[str, Any]) -> dict[str, str]:
