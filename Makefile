@@ -50,7 +50,7 @@ check: env
 audit: env
 	@said=$$($(BIN)/uv tool run --quiet --from 'pip-audit>=2.9,<3' pip-audit --vulnerability-service osv \
 		--progress-spinner off --skip-editable --path "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" \
-		$$(sed -n 's/^\([A-Z]*-[^ ]*\) .*/--ignore-vuln \1/p' audit.txt) 2>&1) && echo "audit: $$(tail -1 <<<"$$said")" || { \
+		$$(sed -n 's/^\([A-Z]*-[^ ]*\) .*/--ignore-vuln \1/p' audit.txt) 2>&1) && echo "audit: $$(grep -m1 -i vulnerabilit <<<"$$said")" || { \
 		grep -qE 'ConnectionError|ConnectTimeout|ReadTimeout|Failed to fetch|No solution found' <<<"$$said" || \
 			{ echo "$$said"; exit 1; }; \
 		echo "audit: not done, api.osv.dev or pip-audit is not reached: $$(tail -1 <<<"$$said" | cut -c1-120)" >&2; \

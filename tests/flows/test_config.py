@@ -98,6 +98,30 @@ def test_a_file_that_is_no_settings(tmp_path: Path, text: str, said: str) -> Non
     assert "\n" not in caught.value.problems[0]
 
 
+ENDPOINT = {"type": "openai", "model": "m", "base_url": "https://host/v1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"models.teacher": {**ENDPOINT, "key_variable": "sk-secret"}}, "models.teacher.openai.key_variable"),
+        ({"models.teacher": {**ENDPOINT, "api_key": "sk-secret"}}, "models.teacher.openai.api_key"),
+        (
+            {"models.teacher": {**ENDPOINT, "base_url": "https://me:sk-secret@host/v1"}},
+            "models.teacher.openai.base_url",
+        ),
+        ({"models.teacher": {**ENDPOINT, "extra": {"headers": {"Authorization": "sk-secret"}}}}, "models.teacher"),
+        ({"engines.teacher": {"vllm": {"hf_token": "sk-secret"}}}, "engines.teacher"),
+    ],
+    ids=["name of the variable", "unknown key", "address", "request", "vllm"],
+)
+def test_secrets_are_refused_and_not_said_aloud(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(changed(tmp_path, changes), None)
+    assert any(problem.startswith(field) for problem in caught.value.problems), caught.value.problems
+    assert "sk-secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("override", ["train.steps", "name.x=1"])
 def test_a_broken_override(tmp_path: Path, override: str) -> None:
     with pytest.raises(UserError) as caught:
