@@ -56,6 +56,14 @@ def largest(amounts: Iterable[Amount]) -> Amount:
     return Amount(*map(max, zip(*map(astuple, [NOTHING, *amounts]), strict=True)))
 
 
+def read(parts: list[int]) -> Amount:
+    """An amount of the log. ValueError for one below nothing, which would give budget back."""
+    made = Amount(*parts)
+    if not all(isinstance(value, int) and value >= 0 for value in astuple(made)):
+        raise ValueError(f"{parts} is no amount")
+    return made
+
+
 def together(amounts: Iterable[Amount]) -> Amount:
     return sum(amounts, NOTHING)
 
@@ -250,8 +258,8 @@ class Ledger:
                 ) from None
 
     def _apply(self, entry: dict[str, Any]) -> None:
-        queries = {int(number): Amount(*amount) for number, amount in entry["queries"].items()}
-        extra = Amount(*entry["extra"])
+        queries = {int(number): read(amount) for number, amount in entry["queries"].items()}
+        extra = read(entry["extra"])
         if "reserve" in entry:
             self._entries[entry["reserve"]] = made = _Entry(entry["shard"], queries, extra)
             self._tries.setdefault(made.shard, []).append(made)

@@ -134,7 +134,7 @@ TYPES = [
     pa.float64(),
     pa.bool_(),
     pa.timestamp("ns"),
-    pa.timestamp("s"),
+    pa.timestamp("us"),
     pa.date32(),
     pa.duration("us"),
     pa.decimal128(20, 3),
