@@ -29,7 +29,7 @@ from infra.faults import fault_of
 from infra.files import open_file
 from infra.manifest import Manifest, Part
 from infra.store import Store, StorePath, open_store
-from infra.terminal import visible
+from infra.terminal import VisibleFormatter, visible
 from tasks.devices import devices
 
 MARK = "@switchyard "
@@ -190,7 +190,9 @@ def main(settings_type: type[Settings], run: Callable[[Stage[Settings]], None]) 
     )
     parser.add_argument("--root", help="read the spec from this store")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         spec = load_spec(arguments.spec, arguments.root)
         stage = Stage(spec, settings_type.model_validate(spec.settings))

@@ -87,7 +87,23 @@ def test_a_mistake_names_its_field(tmp_path: Path, changes: dict[str, Any], fiel
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("a: [", "is not YAML"), ("- 1", "holds list"), ("", "holds NoneType"), ("\0", "is not YAML")]
+    ("text", "said"),
+    [
+        ("a: [", "is not YAML"),
+        ("- 1", "holds list"),
+        ("", "holds NoneType"),
+        ("\0", "is not YAML"),
+        ("name: a\nseed: 1\nname: b", "key 'name' stands twice"),
+        ("a: &a [*a]", "more than 100,000 values"),
+        ("a: " + "[" * 2000, "nested too deep"),
+        ("seed: .inf", "leave the setting out"),
+        ("seed: 0x" + "f" * 50, "too large"),
+        ("1: x", "put it in quotes"),
+        ('name: "\\ud800"', "half a character"),
+        ("name: !!binary eA==", "in quotes"),
+        ("#" * (1 << 19), "longer than"),
+    ],
+    ids=lambda value: value[:20],
 )
 def test_a_file_that_is_no_settings(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "config.yaml"
