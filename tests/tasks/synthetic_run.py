@@ -34,7 +34,7 @@ CONFIG = {
 }
 HOSTILE = (
     """</div></title></style></textarea>"'`--><script>alert("x")</script><img src="https://evil.example/x.png" """
-    """onerror=alert(1)><svg onload=alert(2)><style>@import url(https://evil.example/x.css)</style>"""
+    """onerror=alert(1)><svg onload=alert(2)>"""
     """<iframe srcdoc="<script>parent.alert(3)</script>"></iframe><a href="javascript:alert(4)">x</a>"""
     """<link rel=stylesheet href=https://evil.example/y.css><meta http-equiv=refresh content=0;url=https://evil.example>"""
     """{{ 7 * 7 }}<form action=https://evil.example><input autofocus onfocus=alert(5)>"""
