@@ -13,6 +13,7 @@ import pytest
 from garbage import EXAMPLES, damaged, fuzz, lines, mutated
 from hypothesis import example, given
 
+from flows.cli import main
 from flows.record import RunRecord, StageRecord, load_record
 from flows.upkeep import garbage, verify
 from infra.audit import damages, forget_object
@@ -297,3 +298,24 @@ def test_records_of_runs_promotions_and_cycles(tmp_path: Path, kind: str) -> Non
         place.untouched()
 
     each()
+
+
+OF_RUNS = ["show r", "compare r r", "signals r", "verify r", "trace x --run r", "gc"]
+READ_BY = {"manifest": OF_RUNS, "run": OF_RUNS, "promoted": ["gc", "rollback"], "entry": ["gc", "rollback"]}
+
+
+@pytest.mark.parametrize(("kind", "command"), [(kind, command) for kind in READ_BY for command in READ_BY[kind]])
+def test_every_command_says_it_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, command: str
+) -> None:
+    place = Place(tmp_path)
+    path = place.manifest.path if kind == "manifest" else READERS[kind][0]
+    place.file(path).write_bytes(originals(kind).replace(b"s", b"z", 1)[:-9] + b"\x1b[2J")
+    monkeypatch.setattr("sys.argv", ["switchyard", *command.split(), "--root", place.store.uri])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    told = said.out.splitlines() if (kind, command) == ("manifest", "verify r") else said.err.splitlines()
+    assert ended.value.code in (1, 2)
+    assert len([line for line in told if path in line]) == 1, told
+    assert "\x1b[2J" not in said.err + said.out
