@@ -3,6 +3,7 @@
 import base64
 import time
 from contextlib import suppress
+from html import escape
 from typing import Any
 from uuid import UUID
 
@@ -122,9 +123,15 @@ def metric_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def gate_lines(facts: dict[str, Any]) -> str:
-    """Whether the student was promoted, and each condition, as Markdown."""
-    checks = [f"- {'✓' if check['passed'] else '✗'} {check['text']}" for check in facts["gate"]]
-    return "\n".join([f"**{'Promoted' if facts['promoted'] else 'Not promoted'}**: {facts['reason']}", "", *checks])
+    """Whether the student was promoted, and each condition, as Markdown. Names of tasks within are the data's."""
+    checks = [f"- {'✓' if check['passed'] else '✗'} {shown(check['text'])}" for check in facts["gate"]]
+    reason = f"**{'Promoted' if facts['promoted'] else 'Not promoted'}**: {shown(facts['reason'])}"
+    return "\n".join([reason, "", *checks])
+
+
+def shown(text: str) -> str:
+    """Text within Markdown, which would take HTML."""
+    return escape(text, quote=False)
 
 
 def budget_rows(accounts: list[Account]) -> list[dict[str, Any]]:
@@ -186,7 +193,8 @@ def summarise(record: RunRecord, store: Store) -> None:
     facts = record.manifests(store)["report"].facts
     report, student = store.location(facts["report"]), place(store, facts["student"])
     create_markdown_artifact(
-        f"# {record.run}\n\n{facts['verdict']}\n\n{gate_lines(facts)}\n\nReport: `{report}`\n\nStudent: `{student}`\n",
+        f"# {record.run}\n\n{shown(facts['verdict'])}\n\n{gate_lines(facts)}\n\nReport: `{report}`\n\n"
+        f"Student: `{student}`\n",
         key="summary",
         description="What this run did",
     )

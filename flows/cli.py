@@ -16,9 +16,12 @@ import typer
 from pydantic import ValidationError
 from rich.markup import escape
 
-from flows.keeper import Json, Root, UserError, console, keeper
+from flows.console import console
+from flows.keeper import Json, Root, UserError, keeper
 from flows.local import Local, running_local
+from infra.manifest import DamagedError
 from infra.store import open_store
+from infra.terminal import visible
 from tasks.config import RunConfig, load_config
 from tasks.config.problems import problems_of
 
@@ -171,14 +174,14 @@ def show_result(result: dict[str, Any]) -> None:
         console.print(metrics_table(result["metrics"]))
     if result["state"] != "Completed":
         if result["message"]:
-            console.print(f"[red]{result['state']}[/]: {result['message']}", highlight=False)
+            console.print(f"[red]{result['state']}[/]: {escape(result['message'])}", highlight=False)
         return
     if result["report"] is None:
-        console.print(result["message"], highlight=False, soft_wrap=True)
+        console.print(escape(result["message"]), highlight=False, soft_wrap=True)
         return
     print_gate(result)
-    console.print(f"report   {result['report']}", highlight=False, soft_wrap=True)
-    console.print(f"student  {result['student']}", highlight=False, soft_wrap=True)
+    console.print(f"report   {escape(result['report'])}", highlight=False, soft_wrap=True)
+    console.print(f"student  {escape(str(result['student']))}", highlight=False, soft_wrap=True)
 
 
 def print_gate(result: dict[str, Any]) -> None:
@@ -289,10 +292,13 @@ def main() -> None:
         code = app(standalone_mode=False) or 0
     except UserError as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(visible(f"error: {problem}"), file=sys.stderr)
         code = 2
     except typer.Abort:
         code = INTERRUPTED
+    except DamagedError as error:
+        print(visible(f"error: {error}; switchyard verify names all that is damaged"), file=sys.stderr)
+        code = 1
     except Exception as error:
         # Typer's own complaints about arguments know how to show themselves.
         if hasattr(error, "format_message"):
@@ -304,7 +310,7 @@ def main() -> None:
             if fault is None:
                 raise
             line, code = fault.line, 1
-        print(f"error: {line}", file=sys.stderr)
+        print(visible(f"error: {line}"), file=sys.stderr)
     if code == INTERRUPTED:
         print("interrupted; run the same command again to continue", file=sys.stderr)
     sys.exit(code)

@@ -4,7 +4,7 @@ import sys
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from flows.console import PlainConsole
 from infra.manifest import Manifest
 
 # What of a progress event is worth a glance, in this order, and what it is called in a narrow line.
@@ -65,15 +66,15 @@ class Display:
 class TerminalDisplay(Display):
     """Finished stages as lines above one live line."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: PlainConsole) -> None:
         self.console = console
         self.live = Progress(
             SpinnerColumn(),
-            TextColumn("[bold]{task.description:<16}"),
+            TextColumn("{task.description:<16}", style="bold", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[count]}", markup=False),
             RateColumn(),
-            TextColumn("[cyan]{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", style="cyan", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -106,7 +107,7 @@ class TerminalDisplay(Display):
         self.console.print(f"{mark} {stage:<16} {took:>9}   [dim]{rows}[/]", highlight=False)
 
     def notice(self, text: str) -> None:
-        self.console.print(f"[yellow]![/] {text}", highlight=False, soft_wrap=True)
+        self.console.print(f"[yellow]![/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 _current: Display = Display()
@@ -124,7 +125,7 @@ def terminal(enabled: bool = True) -> Any:
     if not enabled:
         yield
         return
-    shown = TerminalDisplay(Console(file=sys.stderr))
+    shown = TerminalDisplay(PlainConsole(file=sys.stderr))
     _current = shown
     try:
         with shown.live:

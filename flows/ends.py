@@ -6,6 +6,7 @@ from prefect import State
 from prefect.states import Cancelled, Failed
 
 from infra.faults import fault_of
+from infra.manifest import DamagedError
 
 
 class StageCancelled(Exception):
@@ -28,7 +29,7 @@ def end_of(error: Exception) -> State[Any]:
     """The state of a flow that ended of this, its cause in one line. An error that nobody foresaw is raised again."""
     if isinstance(error, StageCancelled):
         return Cancelled(message=str(error))
-    if isinstance(error, StageFailed):
+    if isinstance(error, StageFailed | DamagedError):
         return Failed(message=str(error))
     fault = fault_of(error)
     if fault is None:

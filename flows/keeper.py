@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
+from flows.console import console
 from infra.store import Store, open_store
+from infra.terminal import visible
 
 if TYPE_CHECKING:
     from flows.record import RunRecord
 
 keeper = typer.Typer()
-console = Console(stderr=True)
 
 Root = Annotated[str, typer.Option(help="Where results are: a folder or s3://bucket/prefix.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line of stdout.")]
@@ -80,7 +82,7 @@ def compare(
         page = Console(record=True, width=160, file=io.StringIO())
         page.print(table)
         html.write_text(page.export_html())
-        console.print(f"page     {html}", highlight=False)
+        console.print(f"page     {escape(str(html))}", highlight=False)
     if json_:
         print(json.dumps(rows), flush=True)
 
@@ -117,11 +119,11 @@ def verify(
 
     store, record = opened(root, run)
     found: dict[str, list[dict[str, Any]]] = {}
-    stages = track(check(store, record, repair), "reading", len(record.manifests(store)), console=console)
+    stages = track(check(store, record, repair), "reading", len(record.stages), console=console)
     for stage, damages in stages:
         found[stage] = [{"path": damage.path, "what": damage.what} for damage in damages]
         for damage in damages:
-            print(f"{stage}: {damage.path} {damage.what}")
+            print(visible(f"{stage}: {damage.path} {damage.what}"))
     bad = sum(map(len, found.values()))
     end = ("; forgotten, run again to make them" if repair else "; --repair forgets them") if bad else ""
     console.print(f"{len(found)} stages read, {bad} objects damaged{end}")
@@ -167,8 +169,9 @@ def rollback(
         now, before = roll_back(store, name or known[0])
     except ValueError as error:
         raise UserError([str(error)]) from None
-    console.print(f"{now.name}: entry {before.number} gave way to the student of {now.run}", highlight=False)
-    console.print(f"student  {store.location(now.student)}", highlight=False, soft_wrap=True)
+    said = f"{now.name}: entry {before.number} gave way to the student of {now.run}"
+    console.print(escape(said), highlight=False)
+    console.print(f"student  {escape(store.location(now.student))}", highlight=False, soft_wrap=True)
     if json_:
         print(now.model_dump_json(), flush=True)
 
@@ -189,7 +192,7 @@ def gc(
     except ValueError as error:
         raise UserError([str(error)]) from None
     for folder, paths in found.folders.items():
-        print(f"{folder}: {len(paths)} objects")
+        print(visible(f"{folder}: {len(paths)} objects"))
     console.print(f"{len(found.paths)} objects in {len(found.folders)} results lead nowhere; {found.kept} are kept")
     if not found.paths:
         return

@@ -98,7 +98,11 @@ def distributions(config: RunConfig) -> list[str]:
     comparing = [settings.method.type for settings in (config.warmup, config.train) if settings.method.compares]
     if not comparing or teacher == student:
         return []
-    ours, theirs = vocabulary(student), vocabulary(teacher)
+    try:
+        ours, theirs = vocabulary(student), vocabulary(teacher)
+    except (ValueError, OSError) as error:
+        said = " ".join(str(error).split())[:300]
+        return [f"models: the tokenizers of teacher and student cannot be compared ({said}): give whole models"]
     found = []
     method = comparing[-1]
     if ours["tokens"] != theirs["tokens"]:
@@ -125,12 +129,13 @@ def vocabulary(source: HuggingFaceModel | GgufModel) -> dict[str, Any]:
 
     if isinstance(source, GgufModel):
         path = gguf_path(source)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         end = config.eos_token_id
     else:
-        tokenizer = AutoTokenizer.from_pretrained(source.id, revision=source.revision)
-        config = AutoConfig.from_pretrained(source.id, revision=source.revision).get_text_config()
+        place: dict[str, Any] = {"revision": source.revision, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(source.id, **place)
+        config = AutoConfig.from_pretrained(source.id, **place).get_text_config()
         try:
             end = GenerationConfig.from_pretrained(source.id, revision=source.revision).eos_token_id
         except OSError:

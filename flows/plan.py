@@ -9,8 +9,8 @@ from flows.estimate import Estimate, estimate
 from flows.preflight import Checks, preflight, readable, sources_readable
 from flows.record import load_record, rival_of, run_id
 from flows.story import Planner
-from infra.manifest import load_manifest
-from infra.store import open_store
+from infra.manifest import Manifest, load_manifest
+from infra.store import Store, open_store
 from tasks.config import RunConfig
 from tasks.stage import one_line
 
@@ -65,6 +65,17 @@ class Plan:
             f"disk about {self.disk_gib:.1f} GiB"
         )
 
+    def made(self, store: Store, path: str) -> Manifest | None:
+        """The manifest of a stage that is complete. One that is damaged stands in the way."""
+        try:
+            return load_manifest(store, path)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            line = f"--root: {one_line(error)}: switchyard verify {self.run} --repair forgets it"
+            self.problems = list(dict.fromkeys([*self.problems, line]))
+            return None
+
     def take(self, found: Checks) -> bool:
         """Note down what checks found; whether anything stands in the way."""
         self.checks |= {name: not problems for name, problems in found.items()}
@@ -84,6 +95,8 @@ def plan_run(config: RunConfig, root: str) -> Plan:
     store = open_store(root)
     try:
         start = look(config, store)
+        known = load_record(store, start.run)
+        rival = rival_of(store, start.config, known)
     except NothingToDo as nothing:
         plan.nothing = str(nothing)
         return plan
@@ -93,11 +106,11 @@ def plan_run(config: RunConfig, root: str) -> Plan:
     config, plan.run = start.config, start.run
     if start.cycle and not start.cycle.prompts and plan.take({"prompts can be read": sources_readable(config)}):
         return plan
-    known = load_record(store, start.run)
     planner = Planner(config, root, start.run, known.redo if known else {})
-    story(planner, {**start.found, "promoted": rival_of(store, config, known)})
+    story(planner, {**start.found, "promoted": rival})
     prompts = next(spec.manifest_path for spec in planner.specs if spec.stage == "prompts")
-    if store.exists(prompts) and (waits := load_manifest(store, prompts).facts.get("waits")):
+    made = plan.made(store, prompts)
+    if made and (waits := made.facts.get("waits")):
         plan.nothing = f"nothing new: {waits}; they wait"
         return plan
     needs: Estimate = estimate(config)
@@ -107,7 +120,7 @@ def plan_run(config: RunConfig, root: str) -> Plan:
             PlannedStage(
                 name=spec.stage,
                 fingerprint=spec.fingerprint,
-                done=planner.store.exists(spec.manifest_path),
+                done=plan.made(store, spec.manifest_path) is not None,
                 rows=cost.rows if cost else 0,
                 tokens=cost.tokens if cost else 0,
                 seconds=cost.seconds if cost else None,

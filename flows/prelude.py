@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Failed
 from pydantic import ValidationError
 
-from flows.artifacts import duration
+from flows.artifacts import duration, shown
 from flows.ends import StageRefused
 from flows.local import on_running_cluster
 from flows.plan import Plan, plan_run
@@ -64,7 +64,7 @@ def look_at_evaluation(config: Any, root: str) -> Any:
 
 
 def refused(problems: list[str]) -> State[Any]:
-    lines = "\n".join(f"- {problem}" for problem in problems)
+    lines = "\n".join(f"- {shown(problem)}" for problem in problems)
     create_markdown_artifact(f"# What stands in the way\n\n{lines}\n", key="problems", description="To be mended first")
     return Failed(message="; ".join(problems))
 

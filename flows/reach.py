@@ -20,7 +20,7 @@ def reach(source: OpenAIModel) -> None:
         headers["Authorization"] = f"Bearer {os.environ[source.key_variable]}"
     try:
         response = httpx.get(f"{source.base_url.rstrip('/')}/models", headers=headers, timeout=SECONDS)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(
             f"base_url: {source.base_url} does not answer ({type(error).__name__}): correct it, or start the server"
         ) from None

@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from infra.manifest import Manifest, fingerprint, load_manifest
-from infra.store import Store
+from infra.manifest import Manifest, fingerprint, load_manifest, parsed, sealed
+from infra.store import Store, StorePath
 from tasks.config import RunConfig
 from tasks.config.run import OPERATIONAL
 from tasks.promoted import Promotion, current
@@ -17,7 +17,7 @@ class StageRecord(BaseModel):
 
     name: str
     fingerprint: str
-    manifest: str
+    manifest: StorePath
     seconds: float = 0.0
     reused: bool = False
     attempts: int = 0
@@ -37,7 +37,9 @@ class RunRecord(BaseModel):
     redo: dict[str, int] = Field(default_factory=dict)
     stages: list[StageRecord] = Field(default_factory=list)
     promoted: Promotion | None = None  # as it stood when the run began: what a new student has to beat
-    touched: dict[str, str] = Field(default_factory=dict)  # latest manifest of every stage, by name, over all attempts
+    touched: dict[str, StorePath] = Field(
+        default_factory=dict
+    )  # latest manifest of every stage, by name, over all attempts
     started: datetime = Field(default_factory=lambda: datetime.now(UTC))
     finished: datetime | None = None
     seconds: float = 0.0
@@ -47,7 +49,7 @@ class RunRecord(BaseModel):
         return record_path(self.run)
 
     def save(self, store: Store) -> None:
-        store.write(self.path, self.model_dump_json(indent=1).encode())
+        store.write(self.path, sealed(self))
 
     def manifests(self, store: Store) -> dict[str, Manifest]:
         """Manifests of the stages that are complete, by name."""
@@ -67,7 +69,7 @@ def run_id(config: RunConfig) -> str:
 
 def load_record(store: Store, run: str) -> RunRecord | None:
     try:
-        return RunRecord.model_validate_json(store.read(record_path(run)))
+        return parsed(store, record_path(run), store.read(record_path(run)), RunRecord)
     except FileNotFoundError:
         return None
 

@@ -44,13 +44,18 @@ def facts_table(manifests: dict[str, Manifest]) -> Table:
     for stage, manifest in manifests.items():
         for name, value in manifest.facts.items():
             if name not in ELSEWHERE and value is not None:
-                table.add_row(stage, name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+                table.add_row(
+                    stage, name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+                )
     return table
 
 
 def plan_table(plan: Plan) -> Table:
     table = Table(
-        title=f"{plan.run} in {plan.root}", title_justify="left", caption=plan.summary, caption_justify="left"
+        title=escape(f"{plan.run} in {plan.root}"),
+        title_justify="left",
+        caption=escape(plan.summary),
+        caption_justify="left",
     )
     for name in ("stage", "fingerprint", "state", "rows", "tokens", "estimate"):
         table.add_column(name, justify="right" if name in ("rows", "tokens", "estimate") else "left")

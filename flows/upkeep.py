@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flows.record import RunRecord, load_record
-from infra.audit import Damage, damages, forget
-from infra.manifest import Manifest, load_manifest, read_table
+from infra.audit import Damage, damages, forget, forget_object
+from infra.manifest import DamagedError, Manifest, load_manifest, read_table
 from infra.store import Store
 from tasks.promoted import history, names
 
@@ -18,11 +18,20 @@ def all_runs(store: Store) -> list[RunRecord]:
 
 def verify(store: Store, record: RunRecord, repair: bool) -> Iterator[tuple[str, list[Damage]]]:
     """(stage, its damages) for every stage of the run that is complete; with ``repair`` they are forgotten."""
-    for name, manifest in record.manifests(store).items():
+    for stage in record.stages:
+        try:
+            manifest = load_manifest(store, stage.manifest)
+        except FileNotFoundError:
+            continue
+        except DamagedError as error:
+            if repair:
+                forget_object(store, stage.manifest)
+            yield stage.name, [Damage(error.what, stage.manifest)]
+            continue
         found = list(damages(store, manifest))
         if found and repair:
             forget(store, manifest, found)
-        yield name, found
+        yield stage.name, found
 
 
 @dataclass

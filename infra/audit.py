@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.manifest import Manifest, Part, Table, record_path
+from infra.manifest import Manifest, Part, Table, brief, record_path
 from infra.store import Store
 
 
@@ -54,7 +54,10 @@ def part_damage(store: Store, table: Table, part: Part) -> str:
     what, data = changed(store, part.path, part.bytes, part.sha256)
     if what:
         return what
-    file = pq.ParquetFile(pa.BufferReader(data))
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        return f"is no Parquet ({brief(error)})"
     if file.metadata.num_rows != part.rows:
         return f"holds {file.metadata.num_rows:,} rows instead of {part.rows:,}"
     if not file.schema_arrow.equals(table.arrow_schema):
@@ -71,9 +74,14 @@ def forget(store: Store, manifest: Manifest, found: list[Damage]) -> None:
         store.delete(damage.path)
 
 
-def forget_part(store: Store, path: str) -> None:
-    """The same for one part that a reader found damaged."""
-    folder, table, name = path.rsplit("/", 2)
+def forget_object(store: Store, path: str) -> None:
+    """The same for one object that a reader found damaged: a part, a commit record, or the manifest itself."""
+    *place, table, name = path.split("/")
+    if name == "manifest.json":
+        store.delete(path)
+        return
+    folder = "/".join(place)
     store.delete(f"{folder}/manifest.json")
-    store.delete(record_path(folder, table, int(name.split("-")[1])))
+    if name.startswith("part-"):
+        store.delete(record_path(folder, table, int(name.split("-")[1])))
     store.delete(path)

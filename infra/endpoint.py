@@ -23,6 +23,7 @@ from infra.store import open_store
 CONNECT_SECONDS = 20.0
 # Longest pause between two tries, unless the endpoint asks for a longer one.
 PAUSE_SECONDS = 60.0
+LONGEST_PAUSE_SECONDS = 3600.0
 
 
 class EndpointSpec(BaseModel):
@@ -215,16 +216,15 @@ class Round:
         )
         try:
             async with self.turns:
-                found: dict[str, Any] = await tries(self._try, client, body)
+                text, ended, usage = await tries(self._try, client, body)
         except Fault as fault:
             # The last try that may be billed is the request's own, and those before it were spare ones.
             took = (most, self.max_tokens) if billed else (0, 0)
             return Reply(None, None, *took, max(0, billed - 1), str(fault), fault.again or fault.fatal)
-        choice, usage = found["choices"][0], found.get("usage") or {}
-        took = (usage.get("prompt_tokens", most), usage.get("completion_tokens", self.max_tokens))
-        return Reply(choice["message"].get("content") or "", choice.get("finish_reason"), *took, billed, None, False)
+        took = (tokens(usage, "prompt_tokens", most), tokens(usage, "completion_tokens", self.max_tokens))
+        return Reply(text, ended, *took, billed, None, False)
 
-    async def _try(self, client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
+    async def _try(self, client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[str, str | None, Any]:
         if self.fatal:
             raise self.fatal
         await self.pace.turn()
@@ -239,11 +239,9 @@ class Round:
         if response.status_code != 200:
             raise self._refusal(response)
         try:
-            found: dict[str, Any] = response.json()
-            found["choices"][0]["message"]
-        except (ValueError, KeyError, IndexError, TypeError):
+            return answer_of(response.json())
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Fault(f"{self.spec.base_url} answered without a choice", again=True, billed=True) from None
-        return found
 
     def _refusal(self, response: httpx.Response) -> Fault:
         """What a status other than 200 means. Its body is not repeated: it may hold the prompt or a part of the key."""
@@ -258,9 +256,26 @@ class Round:
         return Fault(said, again=status >= 500, billed=status >= 500)
 
 
+def answer_of(reply: Any) -> tuple[str, str | None, Any]:
+    """Text, why it ended, and what it says is billed. An error of Python's where a reply is none."""
+    choice = reply["choices"][0]
+    text, ended = choice["message"].get("content") or "", choice.get("finish_reason")
+    if not isinstance(text, str) or not isinstance(ended, str | None):
+        raise TypeError("a reply's text is text")
+    # Half characters cannot be stored.
+    text, ended = (said and said.encode("utf-8", "replace").decode() for said in (text, ended))
+    return text, ended, reply.get("usage")
+
+
+def tokens(usage: Any, name: str, most: int) -> int:
+    """What is billed, as the endpoint says; the most it may be where it says nothing that can be."""
+    said = usage.get(name) if isinstance(usage, dict) else None
+    return said if isinstance(said, int) and not isinstance(said, bool) and 0 <= said < 1 << 31 else most
+
+
 def seconds(retry_after: str | None) -> float:
-    """Of a Retry-After header; 0 where there is none, or a date."""
+    """Of a Retry-After header, not for ever; 0 where there is none, or a date."""
     try:
-        return max(0.0, float(retry_after or 0))
+        return min(max(0.0, float(retry_after or 0)), LONGEST_PAUSE_SECONDS)
     except ValueError:
         return 0.0

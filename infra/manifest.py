@@ -14,33 +14,36 @@ spoil each other: the second to record a shard adopts the first's part.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from infra.store import Store
+from infra.store import Store, StorePath
 
 FORMAT = 1
 # Rows of one row group: small enough that a training reader holds little, large enough to compress.
 ROW_GROUP = 4096
 # Commit records that are read at once.
 READERS = 16
+SEAL = re.compile(rb'{\n "sha256": "([0-9a-f]{64})",')
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Part(BaseModel):
     """One committed Parquet file of a table."""
 
-    shard: int
-    path: str
-    rows: int
-    bytes: int
+    shard: int = Field(ge=0)
+    path: StorePath
+    rows: int = Field(ge=0)
+    bytes: int = Field(ge=0)
     sha256: str
 
 
@@ -49,6 +52,15 @@ class Table(BaseModel):
 
     schema_hex: str
     parts: list[Part]
+
+    @field_validator("schema_hex")
+    @classmethod
+    def _is_a_schema(cls, value: str) -> str:
+        try:
+            pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(value)))
+        except (ValueError, OSError, pa.ArrowException) as error:
+            raise ValueError(f"no schema: {error}") from None
+        return value
 
     @property
     def rows(self) -> int:
@@ -62,8 +74,8 @@ class Table(BaseModel):
 class File(BaseModel):
     """One file of a folder that the stage made, such as a model's weights."""
 
-    path: str
-    bytes: int
+    path: StorePath
+    bytes: int = Field(ge=0)
     sha256: str
 
 
@@ -76,7 +88,7 @@ class Manifest(BaseModel):
     version: int
     fingerprint: str
     settings: dict[str, Any]
-    inputs: dict[str, str]
+    inputs: dict[str, StorePath]
     tables: dict[str, Table] = Field(default_factory=dict)
     files: dict[str, list[File]] = Field(default_factory=dict)
     facts: dict[str, Any] = Field(default_factory=dict)
@@ -107,18 +119,66 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+class DamagedError(ValueError):
+    """An object of the store is missing, or is not what was committed."""
+
+    def __init__(self, location: str, path: str, what: str) -> None:
+        super().__init__(location, path, what)  # all of them, or it could not travel between processes
+        self.path, self.what = path, what
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} {self.args[2]}"
+
+
+def sealed(record: BaseModel) -> bytes:
+    """A small object as it is stored: JSON that begins with a hash of all that follows."""
+    body = record.model_dump_json(indent=1).encode()[1:]
+    return b'{\n "sha256": "%s",%s' % (hashlib.sha256(body).hexdigest().encode(), body)
+
+
+def parsed(store: Store, path: str, data: bytes, kind: type[Model]) -> Model:
+    """A small object of the store; DamagedError where its bytes are not one. Those of older versions have no hash."""
+    seal = SEAL.match(data)
+    if seal and hashlib.sha256(data[seal.end() :]).hexdigest().encode() != seal[1]:
+        raise DamagedError(store.location(path), path, "has other bytes than were committed")
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        said = " ".join(f"{field}: {first['msg']}".removeprefix(": ").split())
+        raise DamagedError(store.location(path), path, f"is damaged ({said})") from None
+
+
 def load_manifest(store: Store, path: str) -> Manifest:
-    """The manifest at ``path``; FileNotFoundError where the stage is not complete, ValueError for another format."""
-    manifest = Manifest.model_validate_json(store.read(path))
+    """The manifest at ``path``; FileNotFoundError where the stage is not complete, DamagedError where it is not what
+    was committed, ValueError for another format."""
+    manifest = parsed(store, path, store.read(path), Manifest)
     if manifest.format != FORMAT:
         raise ValueError(f"{path}: manifest format {manifest.format}, this version reads {FORMAT}; redo the stage")
+    own = manifest.path == path and all(place.startswith(f"{manifest.folder}/") for place in places(manifest))
+    if not own:
+        raise DamagedError(store.location(path), path, "is damaged (it is of another stage, or names another's files)")
     return manifest
+
+
+def brief(error: Exception) -> str:
+    """What a library says of bytes that it cannot read, in a line."""
+    return " ".join(str(error).split())[:200]
+
+
+def places(manifest: Manifest) -> Iterator[str]:
+    """Of everything that the stage made."""
+    for table in manifest.tables.values():
+        yield from (part.path for part in table.parts)
+    for files in manifest.files.values():
+        yield from (file.path for file in files)
 
 
 def commit_manifest(store: Store, manifest: Manifest) -> Manifest:
     """Write the manifest exclusively; where another run was first, its manifest is the result."""
     manifest.finished = datetime.now(UTC)
-    if store.create(manifest.path, manifest.model_dump_json(indent=1).encode()):
+    if store.create(manifest.path, sealed(manifest)):
         return manifest
     return load_manifest(store, manifest.path)
 
@@ -183,7 +243,12 @@ class Committer:
 
 
 def read_record(store: Store, path: str) -> Part:
-    return Part.model_validate_json(store.read(path))
+    """A part as its commit record has it; DamagedError where that is not what was written."""
+    part = parsed(store, path, store.read(path), Part)
+    folder, table, _ = path.rsplit("/", 2)
+    if record_path(folder, table, part.shard) != path or not part.path.startswith(f"{folder}/{table}/part-"):
+        raise DamagedError(store.location(path), path, "is damaged (it is another part's)")
+    return part
 
 
 def committed_parts(store: Store, folder: str, table: str) -> dict[int, Part]:
@@ -207,17 +272,6 @@ def close_table(store: Store, folder: str, table: str, schema: pa.Schema) -> Tab
     return table_entry(schema, parts)
 
 
-class DamagedError(ValueError):
-    """A part is missing, or its bytes are not the ones that were committed."""
-
-    def __init__(self, location: str, path: str, what: str) -> None:
-        super().__init__(location, path, what)  # all of them, or it could not travel between processes
-        self.path = path
-
-    def __str__(self) -> str:
-        return f"{self.args[0]} {self.args[2]}"
-
-
 def read_part(store: Store, part: Part, columns: list[str] | None = None) -> pa.Table:
     """A part's rows; DamagedError where they cannot be trusted."""
     try:
@@ -226,7 +280,10 @@ def read_part(store: Store, part: Part, columns: list[str] | None = None) -> pa.
         raise DamagedError(store.location(part.path), part.path, "is missing") from None
     if hashlib.sha256(data).hexdigest() != part.sha256:
         raise DamagedError(store.location(part.path), part.path, "has other bytes than were committed")
-    return pq.read_table(pa.BufferReader(data), columns=columns)
+    try:
+        return pq.read_table(pa.BufferReader(data), columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedError(store.location(part.path), part.path, f"is no Parquet ({brief(error)})") from None
 
 
 def read_table(store: Store, manifest: Manifest, table: str, columns: list[str] | None = None) -> Iterator[pa.Table]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from infra.store import Store
+from infra.store import Store, StorePath
 
 
 class ModelRef(BaseModel):
@@ -16,7 +16,7 @@ class ModelRef(BaseModel):
 
     name: str
     revision: str
-    path: str | None = None  # folder in the store
+    path: StorePath | None = None  # folder in the store
     id: str | None = None  # hub id, or a folder outside the store
     hub_revision: str | None = None
     vocab_size: int = 0  # width of the logits

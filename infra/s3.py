@@ -54,6 +54,15 @@ def status_of(error: ClientError) -> int:
     return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
 
 
+def own(folder: Path) -> None:
+    """Make a folder that only this user writes to: another's copy of a model is not to be trusted. ValueError where
+    it is another's."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ValueError(f"{folder} can be written by others: remove it, or set TMPDIR to a folder of your own")
+
+
 class S3Store(Store):
     """A bucket prefix on S3 or anything that speaks it. Credentials, region and endpoint by boto3's standard chain
     (``AWS_ENDPOINT_URL`` names another server)."""
@@ -169,6 +178,7 @@ class S3Store(Store):
 
     def localise(self, prefix: str, without: str = "") -> Path:
         """The copy is keyed by place: what stands below a committed prefix never changes, so it is fetched once."""
+        own(self.cache)
         target = self.cache / self.bucket / self._key(prefix)
         if target.is_dir():
             return target
@@ -182,7 +192,8 @@ class S3Store(Store):
             raise FileNotFoundError(f"nothing below {self.location(prefix)}")
 
         def fetch(path: str) -> None:
-            file = staged / path[len(check_path(prefix)) + 1 :]
+            # Keys may hold anything; what leads out of the store is refused before it is a path.
+            file = staged / check_path(path)[len(check_path(prefix)) + 1 :]
             file.parent.mkdir(parents=True, exist_ok=True)
             ask(self.client.download_file, self.bucket, self._key(path), str(file))
 

@@ -17,8 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlparse
+
+from pydantic import AfterValidator
 
 # What has bytes to write: ``bytes``, or an Arrow buffer, which is not copied.
 Bytes = Any
@@ -30,6 +32,10 @@ def check_path(path: str) -> str:
     if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path:
         raise ValueError(f"store path {path!r} leaves the store: use a relative path without '..'")
     return str(pure)
+
+
+# A path that an object of the store names: it stays below the store's root.
+StorePath = Annotated[str, AfterValidator(check_path)]
 
 
 class Store(ABC):
@@ -91,7 +97,11 @@ class LocalStore(Store):
         self.uri = str(self.root)
 
     def _at(self, path: str) -> Path:
-        return self.root / check_path(path)
+        place = self.root / check_path(path)
+        # The root itself may be a link, nothing below it that leads away.
+        if not place.resolve().is_relative_to(self.root.resolve()):
+            raise ValueError(f"store path {path!r} leaves the store {self.uri} by a symbolic link: put the files there")
+        return place
 
     def read(self, path: str) -> bytes:
         return self._at(path).read_bytes()

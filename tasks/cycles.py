@@ -12,7 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from infra.store import Store
+from infra.manifest import parsed, sealed
+from infra.store import Store, StorePath
 from tasks.inbox import InboxFile
 
 
@@ -24,8 +25,8 @@ class Cycle(BaseModel):
     files: dict[int, list[InboxFile]] = Field(default_factory=dict)  # by position of the inbox among the sources
     queries: int  # set aside for it, then what it was charged
     state: Literal["open", "done", "waited"] = "open"  # waited: too few prompts, nothing was taken
-    prompts: str | None = None  # manifest of the prompts stage: from then on its prompts are taken
-    kept: list[str] = Field(default_factory=list)  # manifests of the rows it kept
+    prompts: StorePath | None = None  # manifest of the prompts stage: from then on its prompts are taken
+    kept: list[StorePath] = Field(default_factory=list)  # manifests of the rows it kept
     run: str = ""
 
     @property
@@ -74,7 +75,7 @@ def read_cycles(store: Store, name: str) -> tuple[Cycles, bytes | None]:
         data = store.read(cycles_path(name))
     except FileNotFoundError:
         return Cycles(), None
-    return Cycles.model_validate_json(data), data
+    return parsed(store, cycles_path(name), data, Cycles), data
 
 
 def change(store: Store, name: str, step: Callable[[Cycles], Cycle]) -> Cycle:
@@ -82,7 +83,7 @@ def change(store: Store, name: str, step: Callable[[Cycles], Cycle]) -> Cycle:
     while True:
         cycles, data = read_cycles(store, name)
         cycle = step(cycles)
-        if store.swap(cycles_path(name), data, cycles.with_last(cycle).model_dump_json(indent=1).encode()):
+        if store.swap(cycles_path(name), data, sealed(cycles.with_last(cycle))):
             return cycle
 
 

@@ -4,13 +4,15 @@ Draws take the smallest salted hashes of the prompt ids, so they depend on the s
 order. Rows stand in the prompts stage's duckdb database (see ``tasks/intake.py``). Used by ``python -m tasks.prompts``.
 """
 
+from typing import Any
+
 import duckdb
 
 from tasks.config.prompts import PromptsConfig
 
 
-def count(db: duckdb.DuckDBPyConnection, query: str) -> int:
-    row = db.execute(query).fetchone()
+def count(db: duckdb.DuckDBPyConnection, query: str, *values: Any) -> int:
+    row = db.execute(query, values).fetchone()
     assert row
     return row[0]
 
@@ -35,8 +37,8 @@ def draw(
     TooFew where fewer than that are left to learn from, and a smaller warm-up for fewer than the queries."""
     given = bool(config.heldout_sources)
     db.execute("CREATE TABLE usable AS SELECT n, prompt_id, heldout FROM rows ANTI JOIN fate USING (n)")
-    learn, aside = (count(db, f"SELECT count(*) FROM usable WHERE heldout = {flag}") for flag in ("false", "true"))
-    fresh = config.heldout - count(db, f"SELECT count(*) FROM usable WHERE n < {kept}")
+    learn, aside = (count(db, "SELECT count(*) FROM usable WHERE heldout = ?", flag) for flag in (False, True))
+    fresh = config.heldout - count(db, "SELECT count(*) FROM usable WHERE n < ?", kept)
     if given and aside < config.heldout:
         raise ValueError(
             f"prompts.heldout: {config.heldout:,} asked for, but prompts.heldout_sources hold {aside:,} usable rows:"

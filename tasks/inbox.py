@@ -10,8 +10,10 @@ ids, in the prompts stage.
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -103,13 +105,26 @@ def line_end(stream: BinaryIO) -> str:
     try:
         if last.strip():
             json.loads(last)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "its last line is not whole"
     return ""
 
 
-def expand(source: InboxSource, files: Iterable[InboxFile]) -> list[JsonlSource | ParquetSource]:
-    """A source for each file."""
+def inside(folder: str, file: str) -> bool:
+    """Whether a file lies below a folder or prefix, by its path alone."""
+    if folder.startswith("s3://"):
+        return file.startswith(f"{folder.rstrip('/')}/")
+    place = Path(folder.removeprefix("file://")).expanduser()
+    return Path(os.path.abspath(file)).is_relative_to(os.path.abspath(place))
+
+
+def expand(source: InboxSource, files: list[InboxFile]) -> list[JsonlSource | ParquetSource]:
+    """A source for each file. ValueError where one does not lie in the inbox."""
+    for file in files:
+        if not inside(source.path, file.path):
+            raise ValueError(
+                f"{file.path!r} does not lie in the inbox {source.path!r}: give the path it was taken from"
+            )
     task = source.task or source.path.rstrip("/").rpartition("/")[2]
     return [
         (ParquetSource if file.path.endswith(".parquet") else JsonlSource)(

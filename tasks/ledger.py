@@ -56,6 +56,14 @@ def largest(amounts: Iterable[Amount]) -> Amount:
     return Amount(*map(max, zip(*map(astuple, [NOTHING, *amounts]), strict=True)))
 
 
+def read(parts: list[int]) -> Amount:
+    """An amount of the log. ValueError for one below nothing, which would give budget back."""
+    made = Amount(*parts)
+    if not all(isinstance(value, int) and value >= 0 for value in astuple(made)):
+        raise ValueError(f"{parts} is no amount")
+    return made
+
+
 def together(amounts: Iterable[Amount]) -> Amount:
     return sum(amounts, NOTHING)
 
@@ -241,12 +249,17 @@ class Ledger:
                 data = self.store.read(self._path(self._number))
             except FileNotFoundError:
                 return
-            self._apply(json.loads(data))
+            try:
+                self._apply(json.loads(data))
+            except (ValueError, LookupError, TypeError, AttributeError):
+                raise ValueError(
+                    f"budget: {self.store.location(self._path(self._number))} is damaged, so what was spent is not "
+                    "known: restore it, or do the stage again with --from, which opens new accounts"
+                ) from None
 
     def _apply(self, entry: dict[str, Any]) -> None:
-        self._number += 1
-        queries = {int(number): Amount(*amount) for number, amount in entry["queries"].items()}
-        extra = Amount(*entry["extra"])
+        queries = {int(number): read(amount) for number, amount in entry["queries"].items()}
+        extra = read(entry["extra"])
         if "reserve" in entry:
             self._entries[entry["reserve"]] = made = _Entry(entry["shard"], queries, extra)
             self._tries.setdefault(made.shard, []).append(made)
@@ -258,6 +271,7 @@ class Ledger:
         if made.shard not in self._closed:
             for number in made.held:
                 self._charge(made.shard, number)
+        self._number += 1
 
     def _charge(self, shard: int, number: int) -> None:
         """A query is charged once: the most that any try of it may come to, until its shard is committed."""

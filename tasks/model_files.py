@@ -41,8 +41,9 @@ def check_weights(source: HuggingFaceModel | GgufModel) -> None:
             raise ValueError(f"id: {str(path)!r} is no whole safetensors file ({error}): fetch it again") from None
     if folder.is_dir():
         try:
-            json.loads((folder / "config.json").read_text())
-        except ValueError as error:
+            if not isinstance(json.loads((folder / "config.json").read_text()), dict):
+                raise ValueError("no settings by name")
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"id: {str(folder / 'config.json')!r} is no JSON ({error}): fetch it again") from None
 
 

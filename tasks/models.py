@@ -159,8 +159,9 @@ def load_gguf(source: GgufModel) -> tuple[Any, Any]:
 
     path = gguf_path(source)
     with remembered():
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        place: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, **place, dtype=torch.float32)
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from infra.store import Store
+from infra.manifest import parsed, sealed
+from infra.store import Store, StorePath
 
 
 class Promotion(BaseModel):
@@ -22,9 +23,9 @@ class Promotion(BaseModel):
     at: datetime
     run: str
     fingerprint: str  # of the report that promoted it
-    manifest: str  # of that report; it names the student's model
-    student: str
-    report: str
+    manifest: StorePath  # of that report; it names the student's model
+    student: StorePath
+    report: StorePath
     reason: str
     verdict: str
     metrics: dict[str, Any]
@@ -52,7 +53,7 @@ def standing(store: Store, name: str) -> tuple[Promotion | None, bytes | None]:
         data = store.read(current_path(name))
     except FileNotFoundError:
         return None, None
-    return Promotion.model_validate_json(data), data
+    return parsed(store, current_path(name), data, Promotion), data
 
 
 def current(store: Store, name: str) -> Promotion | None:
@@ -61,7 +62,7 @@ def current(store: Store, name: str) -> Promotion | None:
 
 def history(store: Store, name: str) -> list[Promotion]:
     """All entries, oldest first; the one that stands now is among them."""
-    filed = [Promotion.model_validate_json(store.read(path)) for path in store.list(f"promoted/{name}")]
+    filed = [parsed(store, path, store.read(path), Promotion) for path in store.list(f"promoted/{name}")]
     now = current(store, name)
     return filed + ([now] if now and now.number not in {entry.number for entry in filed} else [])
 
@@ -70,7 +71,7 @@ def move(store: Store, old: Promotion | None, old_bytes: bytes | None, new: Prom
     """Put ``new`` in the place of what was read. False where another moved it meanwhile."""
     if old and old_bytes:
         store.create(entry_path(old.name, old.number), old_bytes)
-    data = new.model_dump_json(indent=1).encode()
+    data = sealed(new)
     if not store.swap(current_path(new.name), old_bytes, data):
         return False
     store.create(entry_path(new.name, new.number), data)
@@ -106,7 +107,8 @@ def roll_back(store: Store, name: str) -> tuple[Promotion, Promotion]:
             raise ValueError(f"--name: {name!r} has no promoted student")
         if old.previous is None:
             raise ValueError(f"--name: {name!r} has no student before {old.student} (entry {old.number})")
-        back = Promotion.model_validate_json(store.read(entry_path(name, old.previous)))
+        entry = entry_path(name, old.previous)
+        back = parsed(store, entry, store.read(entry), Promotion)
         new = back.model_copy(
             update={
                 "number": old.number + 1,

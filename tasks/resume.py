@@ -71,10 +71,11 @@ def sealed(system: Any, place: str) -> list[tuple[int, str]]:
         try:
             with system.open_input_stream(f"{folder}/{SUMS}") as stream:
                 sums = json.loads(stream.read())
-        except (OSError, ValueError):
+            step, whole = int(sums["step"]), all(sizes.get(name) == size for name, (size, _) in sums["files"].items())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
-        if all(sizes.get(name) == size for name, (size, _) in sums["files"].items()):
-            found.append((sums["step"], folder))
+        if whole:
+            found.append((step, folder))
     return sorted(found, reverse=True)
 
 

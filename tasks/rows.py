@@ -69,9 +69,14 @@ def content_text(content: Any) -> str:
     return "\n".join(part["text"] for part in parts)
 
 
+def is_turn(value: Any) -> bool:
+    """Whether it is a message of somebody known."""
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and value["role"] in ROLES
+
+
 def as_messages(value: Any) -> list[dict[str, str]]:
     """Role and text of each message."""
-    if not isinstance(value, list) or not all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in value):
+    if not isinstance(value, list) or not all(map(is_turn, value)):
         raise Unusable("malformed")
     return [{"role": turn["role"], "content": content_text(turn.get("content"))} for turn in value]
 
@@ -101,6 +106,8 @@ class Mapper:
             reason = str(error)
         except UnicodeEncodeError:
             reason = "undecodable"
+        except RecursionError:
+            reason = "malformed"
         return refuse(source, position, reason, raw or json.dumps(row, ensure_ascii=False, default=str))
 
     def meet(self, columns: Collection[str]) -> None:

@@ -245,7 +245,7 @@ def parquet_rows(path: str, mapper: Mapper) -> Iterator[dict[str, Any] | None]:
                 columns = None if ":" in mapper.verifier else chosen or None
                 for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
                     yield from batch_rows(batch)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             cause = str(error).partition("\n")[0][:200]
             raise ValueError(f"{file!r} is damaged or not Parquet ({cause}): write it again") from None
 
@@ -253,9 +253,10 @@ def parquet_rows(path: str, mapper: Mapper) -> Iterator[dict[str, Any] | None]:
 def batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | None]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
+        # Text that is not UTF-8, or a time that Python has no value for.
         for number in range(batch.num_rows):
             try:
                 yield from batch.slice(number, 1).to_pylist()
-            except UnicodeDecodeError:
+            except (ValueError, OverflowError):
                 yield None

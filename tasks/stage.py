@@ -24,11 +24,12 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra import manifest as manifests
-from infra.audit import forget_part
+from infra.audit import forget_object
 from infra.faults import fault_of
 from infra.files import open_file
 from infra.manifest import Manifest, Part
-from infra.store import Store, open_store
+from infra.store import Store, StorePath, open_store
+from infra.terminal import VisibleFormatter, visible
 from tasks.devices import devices
 
 MARK = "@switchyard "
@@ -60,11 +61,11 @@ class StageSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    stage: str
+    stage: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     module: str
     version: int = 1
     settings: dict[str, Any] = Field(default_factory=dict)
-    inputs: dict[str, str] = Field(default_factory=dict)
+    inputs: dict[str, StorePath] = Field(default_factory=dict)
     redo: int = 0
     root: str
     runtime: Runtime = Field(default_factory=Runtime)
@@ -189,7 +190,9 @@ def main(settings_type: type[Settings], run: Callable[[Stage[Settings]], None]) 
     )
     parser.add_argument("--root", help="read the spec from this store")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         spec = load_spec(arguments.spec, arguments.root)
         stage = Stage(spec, settings_type.model_validate(spec.settings))
@@ -203,7 +206,7 @@ def main(settings_type: type[Settings], run: Callable[[Stage[Settings]], None]) 
             stage.facts["devices"] = devices(spec)
             manifests.commit_manifest(stage.store, stage.manifest)
     except manifests.DamagedError as error:
-        forget_part(stage.store, error.path)
+        forget_object(stage.store, error.path)
         emit("damaged", message=f"{one_line(error)}; it is forgotten, and made again by the next run")
         sys.exit(1)
     except ValueError as error:
@@ -223,5 +226,5 @@ def main(settings_type: type[Settings], run: Callable[[Stage[Settings]], None]) 
 def refuse(error: Exception) -> NoReturn:
     """Tell flow and person in one line why the stage cannot go on, and end with 2."""
     emit("error", message=one_line(error))
-    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+    print(visible(f"error: {one_line(error)}"), file=sys.stderr, flush=True)
     sys.exit(2)

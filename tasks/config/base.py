@@ -13,7 +13,11 @@ class Config(BaseModel):
     """Immutable settings. Import-light: no torch, ray or vllm below ``tasks/config``."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, model_title_generator=form.spaced
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        model_title_generator=form.spaced,
+        allow_inf_nan=False,
     )
 
     @classmethod

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from tasks.config.base import Config
+from tasks.config.confidential import refuse_secrets
 
 
 class HuggingFaceModel(Config):
@@ -98,6 +99,7 @@ class OpenAIModel(Config):
 
     @model_validator(mode="after")
     def _no_key_in_the_clear(self) -> "OpenAIModel":
+        refuse_secrets(self.extra, "extra")
         host = urlsplit(self.base_url).hostname
         if self.key_variable and self.base_url.startswith("http://") and host not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(f"base_url {self.base_url} would carry the key unencrypted: use https, or no key_variable")
@@ -166,6 +168,11 @@ class EngineConfig(Config):
     """An engine that finishes no shard for so long, loading included, counts as hung and is started again."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of ``vllm.LLM``, as they are."""
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> "EngineConfig":
+        refuse_secrets(self.vllm, "vllm")
+        return self
 
 
 class Engines(Config):

@@ -57,7 +57,7 @@ class Fields(Config):
                 raise ValueError("fields.answer_pattern needs fields.answer, the column it looks in")
             try:
                 groups = re.compile(self.answer_pattern).groups
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"fields.answer_pattern {self.answer_pattern!r} is no pattern: {error}") from None
             if groups != 1:
                 raise ValueError(f"fields.answer_pattern {self.answer_pattern!r} has {groups} groups: it needs one ( )")

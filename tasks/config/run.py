@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, model_validator
 
 from tasks.config.base import Config
 from tasks.config.budget import Budget
+from tasks.config.document import parse, read_document
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
 from tasks.config.methods import Sft
 from tasks.config.models import Engines, Models, OpenAIModel, PromotedModel
@@ -170,19 +170,14 @@ class RunConfig(Config):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """The settings of a YAML file, with ``key.path=value`` overrides (values are YAML). ValueError, or pydantic's
     ValidationError, with the field at fault."""
-    try:
-        data = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"config: no file {str(path)!r}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    data = read_document(path)
     if not isinstance(data, dict):
         raise ValueError(f"config: {path} holds {type(data).__name__}, not settings by name")
     for override in overrides or []:
         keys, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"--set: {override!r} is not key.path=value")
-        set_value(data, keys.split("."), yaml.safe_load(value), override)
+        set_value(data, keys.split("."), parse(value, f"--set: {override!r}"), override)
     return RunConfig.model_validate(data)
 
 

@@ -87,7 +87,23 @@ def test_a_mistake_names_its_field(tmp_path: Path, changes: dict[str, Any], fiel
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("a: [", "is not YAML"), ("- 1", "holds list"), ("", "holds NoneType"), ("\0", "is not YAML")]
+    ("text", "said"),
+    [
+        ("a: [", "is not YAML"),
+        ("- 1", "holds list"),
+        ("", "holds NoneType"),
+        ("\0", "is not YAML"),
+        ("name: a\nseed: 1\nname: b", "key 'name' stands twice"),
+        ("a: &a [*a]", "more than 100,000 values"),
+        ("a: " + "[" * 2000, "nested too deep"),
+        ("seed: .inf", "leave the setting out"),
+        ("seed: 0x" + "f" * 50, "too large"),
+        ("1: x", "put it in quotes"),
+        ('name: "\\ud800"', "half a character"),
+        ("name: !!binary eA==", "in quotes"),
+        ("#" * (1 << 19), "longer than"),
+    ],
+    ids=lambda value: value[:20],
 )
 def test_a_file_that_is_no_settings(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "config.yaml"
@@ -96,6 +112,30 @@ def test_a_file_that_is_no_settings(tmp_path: Path, text: str, said: str) -> Non
         read_config(path, None)
     assert said in caught.value.problems[0]
     assert "\n" not in caught.value.problems[0]
+
+
+ENDPOINT = {"type": "openai", "model": "m", "base_url": "https://host/v1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"models.teacher": {**ENDPOINT, "key_variable": "sk-secret"}}, "models.teacher.openai.key_variable"),
+        ({"models.teacher": {**ENDPOINT, "api_key": "sk-secret"}}, "models.teacher.openai.api_key"),
+        (
+            {"models.teacher": {**ENDPOINT, "base_url": "https://me:sk-secret@host/v1"}},
+            "models.teacher.openai.base_url",
+        ),
+        ({"models.teacher": {**ENDPOINT, "extra": {"headers": {"Authorization": "sk-secret"}}}}, "models.teacher"),
+        ({"engines.teacher": {"vllm": {"hf_token": "sk-secret"}}}, "engines.teacher"),
+    ],
+    ids=["name of the variable", "unknown key", "address", "request", "vllm"],
+)
+def test_secrets_are_refused_and_not_said_aloud(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(changed(tmp_path, changes), None)
+    assert any(problem.startswith(field) for problem in caught.value.problems), caught.value.problems
+    assert "sk-secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("override", ["train.steps", "name.x=1"])

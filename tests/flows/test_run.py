@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,24 @@ import psutil
 import pytest
 import tiny
 from served import KEY, NAME, vllm_server
+from witness import PLANTED, Witness
 
 ROOT = Path(__file__).parent.parent.parent
 SECONDS = 1800
 COMMAND = [sys.executable, "-m", "flows.cli"]
 
 
-def start(config: Path, root: Path | str, *options: str) -> subprocess.Popen[str]:
+def start(
+    config: Path, root: Path | str, *options: str, said: Path | None = None, **variables: str
+) -> subprocess.Popen[str]:
+    """``said``: where to put what it tells a person; absent: to this process's stderr."""
     command = [*COMMAND, "run", str(config), "--root", str(root), "--json", *options]
-    environment = {**os.environ, "SWITCHYARD_HOME": str(config.parent / "home")}
+    environment = {**os.environ, **variables, "SWITCHYARD_HOME": str(config.parent / "home")}
     # Where these tests run in the background, Ctrl-C is ignored, and children would inherit that.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=heed)
+    with said.open("w") if said else nullcontext() as stderr:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": stderr}
+        return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, preexec_fn=heed, **pipes)
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -60,7 +67,7 @@ def ids(root: Path, stage: str, table: str, column: str, fingerprint: str = "*")
     import duckdb
 
     paths = f"{root}/stages/{stage}/{fingerprint}/{table}/*.parquet"
-    return [row[0] for row in duckdb.sql(f"SELECT {column} FROM '{paths}' ORDER BY 1").fetchall()]
+    return [row[0] for row in duckdb.sql(f"SELECT {column} FROM '{paths}' ORDER BY 1").fetchall()]  # noqa: S608
 
 
 def fingerprints(result: dict[str, Any]) -> dict[str, str]:
@@ -78,15 +85,31 @@ def kill(process: subprocess.Popen[str], root: Path) -> None:
 
 
 class Finished:
-    def __init__(self, config: Path, root: Path, result: dict[str, Any]) -> None:
-        self.config, self.root, self.result = config, root, result
+    def __init__(self, config: Path, root: Path, result: dict[str, Any], witness: Witness, said: str) -> None:
+        self.config, self.root, self.result, self.witness, self.said = config, root, result, witness, said
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("run")
     config = tiny.write_config(folder)
-    return Finished(config, folder / "root", finish(start(config, folder / "root")))
+    with Witness(folder / "root") as witness:
+        result = finish(start(config, folder / "root", said=folder / "said.txt", **PLANTED))
+    return Finished(config, folder / "root", result, witness, (folder / "said.txt").read_text() + json.dumps(result))
+
+
+def test_no_secret_is_to_be_seen(finished: Finished) -> None:
+    """Neither the planted ones nor Ray's own, in nothing that the run left, logged, told or was started with."""
+    witness = finished.witness
+    assert witness.leaks(finished.root, finished.config.parent / "home", said=finished.said) == []
+    # It looked where there was something to be seen.
+    assert len(witness.secrets) > 2 * len(set(PLANTED.values()))
+    assert any(command.endswith("spec.json") for command in witness.commands)
+    assert any(file.name == "gcs_server.out" for file in witness.logs)
+    assert {".parquet", ".json", ".html", ".db", ".log", ".safetensors"} <= {p.suffix for p in finished.root.rglob("*")}
+    witness.secrets = {finished.result["run"]}
+    seen = " ".join(witness.leaks(finished.root, said=finished.said))
+    assert all(place in seen for place in ("the process list", "what it said", "run.json", "prefect.db"))
 
 
 @pytest.mark.timeout(SECONDS)

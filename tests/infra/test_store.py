@@ -126,3 +126,27 @@ def test_a_local_reader_never_sees_a_file_being_written(tmp_path: Path) -> None:
     store.write("t/done", b"")
     (tmp_path / "t" / ".half.1234").write_bytes(b"ha")
     assert list(store.list("t")) == ["t/done"]
+
+
+def test_keys_that_lead_out_are_not_fetched(s3_bucket: str, tmp_path: Path) -> None:
+    store = S3Store(s3_bucket, "some/prefix", cache=tmp_path / "cache")
+    store.client.put_object(Bucket=s3_bucket, Key="some/prefix/model/../../../../../evil/x", Body=b"x")
+    with pytest.raises(ValueError, match="leaves the store"):
+        store.localise("model")
+    assert not list(tmp_path.rglob("evil"))
+    with pytest.raises(ValueError, match="leaves the store"):
+        store.read("../other/x")
+    # Another bucket's address is a path within this one.
+    with pytest.raises(FileNotFoundError):
+        store.read("s3://other-bucket/x")
+
+
+def test_a_cache_that_others_can_write_is_not_used(s3_bucket: str, tmp_path: Path) -> None:
+    store = S3Store(s3_bucket, "", cache=tmp_path / "cache")
+    store.write("model/x", b"x")
+    store.cache.mkdir(mode=0o777)
+    store.cache.chmod(0o777)
+    with pytest.raises(ValueError, match="can be written by others"):
+        store.localise("model")
+    store.cache.chmod(0o700)
+    assert (store.localise("model") / "x").read_bytes() == b"x"

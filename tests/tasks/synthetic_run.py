@@ -32,7 +32,14 @@ CONFIG = {
     },
     "evaluate": {"seeds": [1, 2, 3], "bootstrap": 300},
 }
-HOSTILE = '</div><script>alert("x")</script><img src="https://evil.example/x.png" onerror=alert(1)>'
+HOSTILE = (
+    """</div></title></style></textarea>"'`--><script>alert("x")</script><img src="https://evil.example/x.png" """
+    """onerror=alert(1)><svg onload=alert(2)>"""
+    """<iframe srcdoc="<script>parent.alert(3)</script>"></iframe><a href="javascript:alert(4)">x</a>"""
+    """<link rel=stylesheet href=https://evil.example/y.css><meta http-equiv=refresh content=0;url=https://evil.example>"""
+    """{{ 7 * 7 }}<form action=https://evil.example><input autofocus onfocus=alert(5)>"""
+)
+HOSTILE_NAME = """</div><script>alert("y")</script><img src=https://evil.example/z.png onerror=alert(6)>"""
 # Accuracy and loss of each model on a problem of average difficulty.
 SKILL = {
     "base": (0.16, 2.05),
@@ -95,7 +102,7 @@ class SyntheticRun:
             return [
                 {
                     "prompt_id": f"{kind}{number:05}",
-                    "source": ["chain_sum", HOSTILE, "word $orting_$"][number % 3],
+                    "source": ["chain_sum", HOSTILE_NAME, "word $orting_$"][number % 3],
                     "messages": [
                         {"role": "system", "content": "Answer with a number."},
                         {"role": "user", "content": f"What is {number} + {number}? {HOSTILE if number % 2 else ''}"},
@@ -251,7 +258,7 @@ class SyntheticRun:
             skill, loss = SKILL[label]
             for number in range(problems):
                 shared = {"label": label, "prompt_id": f"h{number:05}"}
-                shared["source"] = ["chain_sum", HOSTILE, "word $orting_$"][number % 3]
+                shared["source"] = ["chain_sum", HOSTILE_NAME, "word $orting_$"][number % 3]
                 for index, seed in enumerate(self.config.evaluate.seeds):
                     correct = bool(self.random.random() < np.clip(skill + ease[number], 0, 1))
                     wrong = f"I think it is {number}, but I am not certain. {HOSTILE}"

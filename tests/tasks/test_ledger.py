@@ -184,3 +184,24 @@ def test_the_log_lies_in_the_store(tmp_path: Path) -> None:
         "00000001.json",
     ]
     assert ledger(store).spent == book.spent
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"settle": "unknown", "queries": {}, "extra": [0, 0, 0]}',
+        b'{"reserve": "a", "shard": 0, "queries": {"0": [1, -500, 0]}, "extra": [0, 0, 0]}',
+        b'{"reserve": "a", "shard": 0, "queries": {"0": [1]}, "extra": ["x", 0, 0]}',
+    ],
+)
+def test_a_damaged_entry_is_refused(tmp_path: Path, data: bytes) -> None:
+    store = LocalStore(tmp_path)
+    assert ledger(store).reserve(0, prompts(2))
+    store.write("stages/annotate/0/spending/00000000.json", data)
+    with pytest.raises(ValueError, match=r"00000000\.json is damaged, so what was spent is not known") as error:
+        ledger(store)
+    assert "\n" not in str(error.value)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from synthetic_run import HOSTILE, SyntheticRun
+from synthetic_run import HOSTILE, HOSTILE_NAME, SyntheticRun
 
 from infra.manifest import load_manifest, read_rows
 from infra.store import open_store
@@ -69,9 +71,50 @@ def test_page_reaches_nothing_outside_itself(whole):
 def test_hostile_text_is_shown_as_text(whole):
     _, stage, manifest, found = whole
     assert HOSTILE in found.text
+    assert HOSTILE_NAME[:20] in found.text
     html = stage.store.read(manifest.facts["report"]).decode()
     assert "<script" not in html
     assert "<img" not in html
+
+
+@pytest.fixture
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        # Chromium refuses its sandbox to root.
+        opened = playwright.chromium.launch(executable_path=chromium, chromium_sandbox=os.geteuid() != 0)
+        yield opened
+        opened.close()
+
+
+def opened(browser, address):
+    """What a page does when it is opened and everything on it is clicked: requests beyond itself, and alerts."""
+    context = browser.new_context()
+    page, requests, alerts = context.new_page(), [], []
+    context.on("request", lambda request: requests.append(request.url))
+    page.on("dialog", lambda dialog: (alerts.append(dialog.message), dialog.dismiss()))
+    context.route(lambda url: not url.startswith("file:"), lambda route: route.abort())
+    page.goto(address, wait_until="load")
+    for summary in page.locator("summary").all():
+        summary.click()
+    page.wait_for_timeout(500)
+    context.close()
+    return {url for url in requests if url.split("#")[0] != address and url != "about:srcdoc"}, alerts
+
+
+@pytest.mark.browser
+def test_hostile_text_does_nothing_in_a_browser(whole, browser, tmp_path):
+    _, stage, manifest, _ = whole
+    assert opened(browser, Path(stage.store.location(manifest.facts["report"])).as_uri()) == (set(), [])
+    # As it stands it would do all of it.
+    (tmp_path / "raw.html").write_text(f"<div>{HOSTILE}")
+    requests, alerts = opened(browser, (tmp_path / "raw.html").as_uri())
+    assert any("evil.example" in url for url in requests)
+    assert {"x", "1"} <= set(alerts)
 
 
 def test_ids_are_unique_and_references_resolve(whole):
