@@ -1,6 +1,6 @@
-"""House models: a teacher, a TA and a student, trained here on worked solutions so that methods can be compared in minutes.
+"""House models: a teacher, a TA and a student, trained here on worked solutions for the comparison of methods.
 
-    python -m benchmarks.house [--folder FOLDER] [--only ROLE] [--measure]        (or: make house-models)
+    python -m benchmarks.house [--folder FOLDER] [--only ROLE …] [--measure]        (or: make house-models)
 
 The teacher is imperfect, the student weak but not at zero, the TA between them; the TA is also taught to judge: answers
 that the other two wrote, right or wrong by the task's own verifier, in the words in which a run asks it. One tokenizer:
@@ -11,7 +11,7 @@ of runs come from different seeds.
 import argparse
 import json
 import random
-import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,14 @@ from typing import Any
 import torch
 
 from benchmarks.lessons import TASKS, Lesson, lessons
-from benchmarks.pairs import load, trained
+from benchmarks.pairs import load, response_states
 from kernels.decode import Sampling, alone
+from kernels.fused import fused_cross_entropy
 from kernels.noise import sequence_key
 from tasks.batches import Batch, Sequence, collate
 from tasks.config.signals import P_TRUE, PTrue
 from tasks.score import filled
+from tasks.student import head_of
 
 FOLDER = Path(__file__).parent / "house"
 TEMPLATE = (
@@ -41,32 +43,39 @@ PHRASES = [
     "Now, how many legs are there in total if you have",
     "How many times does the letter",
     "appear in the text:",
-    "Spell this word backward (example: sun -> nus):",
     "Answer:",
     "Question:",
+    ". ",
+    ", ",
+    *(f" {sign} " for sign in "+-*%="),
     "Proposed answer:",
     P_TRUE.partition("{answer}")[2],
     PTrue().prefill,
 ]
-BATCH = 64
-LONGEST = 110  # tokens of a response
+BATCH = 32
+POOL = 20  # batches drawn and sorted at once
+LONGEST = 72  # tokens of a response
+MEASURE_EVERY = 100
+SETTLE = 60  # last steps, in which the learning rate falls to 0
+REVIEW = 0.4  # weight of a task that is known well enough
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's size and how long it is trained."""
+    """A model's size, how long it is taught at most, and the share of right answers that is enough for a task."""
 
     width: int
     layers: int
     steps: int
-    learning_rate: float
+    enough: float
+    learning_rate: float = 1.5e-3
     judge_steps: int = 0
 
 
 SHAPES = {
-    "teacher": Shape(width=192, layers=6, steps=2600, learning_rate=2e-3),
-    "student": Shape(width=128, layers=4, steps=500, learning_rate=2e-3),
-    "assistant": Shape(width=160, layers=5, steps=1500, learning_rate=2e-3, judge_steps=600),
+    "student": Shape(width=128, layers=4, steps=2000, enough=0.2),
+    "teacher": Shape(width=192, layers=4, steps=4000, enough=0.75),
+    "assistant": Shape(width=160, layers=4, steps=2500, enough=0.6, judge_steps=800),
 }
 
 
@@ -103,6 +112,7 @@ def fresh(shape: Shape, tokenizer: Any, seed: int) -> Any:
             num_attention_heads=heads,
             num_key_value_heads=heads,
             max_position_embeddings=512,
+            initializer_range=0.7 * shape.width**-0.5,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -119,19 +129,60 @@ def prompt_ids(tokenizer: Any, question: str, prefill: str = "") -> torch.Tensor
 
 
 def taught(tokenizer: Any, lesson: Lesson) -> Sequence:
-    response = tokenizer.encode(lesson.solution, add_special_tokens=False) + [tokenizer.eos_token_id]
+    response = [*tokenizer.encode(lesson.solution, add_special_tokens=False), tokenizer.eos_token_id]
     return Sequence(lesson.task, prompt_ids(tokenizer, lesson.question), torch.tensor(response))
 
 
-def batches(rows: list[Sequence], steps: int, seed: int) -> list[Batch]:
-    """Rows drawn again and again, those of a batch alike in length: padding would cost half the time."""
-    generator, made = random.Random(seed), []
-    while len(made) < steps:
-        pool = sorted(generator.sample(rows, 16 * BATCH), key=lambda row: len(row.prompt) + len(row.response))
-        parts = [pool[start : start + BATCH] for start in range(0, len(pool), BATCH)]
+def batches(rows: dict[str, list[Sequence]], weights: dict[str, float], steps: int, seed: int) -> Iterator[Batch]:
+    """Rows drawn again and again, tasks by weight; those of a batch alike in length, which spares padding."""
+    generator = random.Random(seed)
+    tasks, shares = list(weights), list(weights.values())
+    for start in range(0, steps, POOL):
+        drawn = generator.choices(tasks, shares, k=POOL * BATCH)
+        pool = [generator.choice(rows[task]) for task in drawn]
+        pool.sort(key=lambda row: len(row.prompt) + len(row.response))
+        parts = [pool[first : first + BATCH] for first in range(0, len(pool), BATCH)]
         generator.shuffle(parts)
-        made += [collate(part, torch.device("cpu")) for part in parts]
-    return made[:steps]
+        for part in parts[: steps - start]:
+            yield collate(part, torch.device("cpu"))
+
+
+def learn(model: Any, optimizer: torch.optim.Optimizer, data: Iterator[Batch], rates: Iterator[float]) -> float:
+    """Cross entropy per token; the mean loss."""
+    model.train()
+    losses = []
+    for batch, rate in zip(data, rates, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden_NH = response_states(model, batch)
+        weights_N = batch.weights_N / len(batch.weights_N)
+        loss, _ = fused_cross_entropy(hidden_NH.float(), head_of(model).weight_VH, batch.targets_N, weights_N)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return sum(losses) / len(losses)
+
+
+def school(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequence]], folder: Path) -> int:
+    """Teach all tasks, those that are known well enough less, until all are; returns the steps. Saves on the way."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    weights, began = dict.fromkeys(rows, 1.0), time.monotonic()
+    for done in range(0, shape.steps, MEASURE_EVERY):
+        rates = (shape.learning_rate * min(1.0, (done + step) / 50) for step in range(1, MEASURE_EVERY + 1))
+        loss = learn(model, optimizer, batches(rows, weights, MEASURE_EVERY, seed=done), rates)
+        found = measure(model, tokenizer, 24, seed=555)
+        print(f"{done + MEASURE_EVERY} steps, {time.monotonic() - began:.0f} s, loss {loss:.3f}, {found}", flush=True)
+        model.save_pretrained(folder)
+        weights = {task: 1.0 if share < shape.enough else REVIEW for task, share in found.items()}
+        if min(found.values()) >= shape.enough:
+            break
+    rates = (shape.learning_rate * (1 - step / SETTLE) for step in range(SETTLE))
+    learn(model, optimizer, batches(rows, weights, SETTLE, seed=-1), rates)
+    return done + MEASURE_EVERY + SETTLE
 
 
 def answers(model: Any, tokenizer: Any, problems: list[Lesson], temperature: float, seed: int) -> list[str]:
@@ -157,18 +208,17 @@ def right(lesson: Lesson, text: str) -> bool:
     return text.rpartition("Answer:")[2].strip() == lesson.answer
 
 
-def judged(tokenizer: Any, models: list[Any], count: int, seed: int) -> list[Sequence]:
+def judged(tokenizer: Any, models: list[Any], count: int, seed: int) -> dict[str, list[Sequence]]:
     """What a TA is asked about others' answers, with the verdict of the known answer; as many right as wrong."""
     problems = [lesson for task in TASKS for lesson in lessons(task, count // len(TASKS), seed)]
-    sides: dict[bool, list[Sequence]] = {True: [], False: []}
+    sides: dict[str, list[Sequence]] = {"right": [], "wrong": []}
     for number, model in enumerate(models):
         for lesson, text in zip(problems, answers(model, tokenizer, problems, 0.8, seed + number), strict=True):
             true = right(lesson, text)
             prompt = prompt_ids(tokenizer, filled(P_TRUE, lesson.question, text), PTrue().prefill)
             verdict = tokenizer.encode(PTrue().true if true else PTrue().false, add_special_tokens=False)
-            sides[true].append(Sequence(lesson.task, prompt, torch.tensor(verdict)))
-    even = min(map(len, sides.values()))
-    return sides[True][:even] + sides[False][:even]
+            sides["right" if true else "wrong"].append(Sequence(lesson.task, prompt, torch.tensor(verdict)))
+    return sides
 
 
 def measure(model: Any, tokenizer: Any, count: int = 60, seed: int = 999_999) -> dict[str, float]:
@@ -181,41 +231,38 @@ def measure(model: Any, tokenizer: Any, count: int = 60, seed: int = 999_999) ->
     return found
 
 
-def roles(chosen: str | None) -> Iterator[str]:
-    yield from ([chosen] if chosen else SHAPES)
+def judge(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequence]], others: list[Any]) -> None:
+    """Teach to tell right answers from wrong ones, beside the tasks."""
+    asked = judged(tokenizer, others, 6_000, 2_000_000)
+    print({verdict: len(side) for verdict, side in asked.items()}, flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    weights = {"right": 1.5, "wrong": 1.5, **dict.fromkeys(TASKS, 0.4)}
+    rates = (0.6 * shape.learning_rate * (1 - step / shape.judge_steps) for step in range(shape.judge_steps))
+    loss = learn(model, optimizer, batches(rows | asked, weights, shape.judge_steps, seed=9), rates)
+    print(f"judge: loss {loss:.3f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--only", choices=list(SHAPES), help="train this one only")
+    parser.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="these roles only")
     parser.add_argument("--problems", type=int, default=20_000, help="training problems of each task")
     parser.add_argument("--measure", action="store_true", help="train nothing, measure what is there")
     arguments = parser.parse_args()
-    rows: list[Sequence] = []
-    for role in roles(arguments.only):
+    rows: dict[str, list[Sequence]] = {}
+    for role in arguments.only:
         shape, folder = SHAPES[role], arguments.folder / role
         tokenizer = tokenizer_of(folder)
         if not arguments.measure:
-            if not rows:
-                rows = [
-                    taught(tokenizer, lesson)
-                    for number, task in enumerate(TASKS)
-                    for lesson in lessons(task, arguments.problems, 1_000_000 + number)
-                ]
-                print(
-                    f"{len(rows)} solutions, longest {max(len(row.response) for row in rows)} tokens", file=sys.stderr
-                )
+            rows = rows or {
+                task: [taught(tokenizer, lesson) for lesson in lessons(task, arguments.problems, 1_000_000 + number)]
+                for number, task in enumerate(TASKS)
+            }
             model = fresh(shape, tokenizer, seed=len(role))
-            print(f"{role}: {sum(parameter.numel() for parameter in model.parameters())} parameters", file=sys.stderr)
-            for _ in trained(model, batches(rows, shape.steps, seed=7), shape.learning_rate, None):
-                pass
+            print(f"{role}: {sum(parameter.numel() for parameter in model.parameters())} parameters", flush=True)
+            school(model, tokenizer, shape, rows, folder)
             if shape.judge_steps:
-                others = [load(arguments.folder / other) for other in ("teacher", "student")]
-                asked = judged(tokenizer, others, 10_000, 2_000_000)
-                mixed = asked + random.Random(8).sample(rows, min(len(rows), len(asked)))
-                for _ in trained(model, batches(mixed, shape.judge_steps, seed=9), shape.learning_rate / 2, None):
-                    pass
+                judge(model, tokenizer, shape, rows, [load(arguments.folder / name) for name in ("teacher", "student")])
             model.save_pretrained(folder)
         print(json.dumps({role: measure(load(folder), tokenizer)}), flush=True)
 
