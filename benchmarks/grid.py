@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.lessons import TASKS
 
 SEEDS = (1, 2, 3)
-BUDGET = 160
-BUDGETS = (80, BUDGET, 320)
+BUDGET = 120
+BUDGETS = (60, BUDGET, 240)
 METHOD = "switch"
 STEPS, BATCH = 60, 16
 
@@ -35,6 +35,7 @@ GATES: dict[str, dict[str, Any]] = {
 PUBLISHED_TEACHER_SHARE = {"decay-1/5": 0.78, "decay-1/10": 0.53, "decay-1/15": 0.19, "decay-1/25": 0.07}
 # A run has two stages by its settings; with so small a first one it has one in all but name.
 ONE_STAGE_SHARE = 0.05
+CANDIDATES = 320
 LONGEST = 64
 HELDOUT = 50
 
@@ -135,7 +136,7 @@ def settings(cell: Cell, house: Path) -> dict[str, Any]:
             "student": {"temperature": 0.7, "max_tokens": LONGEST, "samples": 5},
             "shard_size": 256,
         },
-        "signals": {"candidates": 2 * max(BUDGETS), "keep": {"rule": "quantile", "threshold": 0.2}},
+        "signals": {"candidates": CANDIDATES, "keep": {"rule": "quantile", "threshold": 0.2}},
         "warmup": {**shared, "method": {"type": "sft"}, "steps": STEPS // 3, "learning_rate": 3e-4},
         "train": {**shared, "steps": STEPS, "learning_rate": 5e-4},
         "evaluate": {"seeds": [1, 2], "temperature": 0.7, "max_tokens": LONGEST, "bootstrap": 500},

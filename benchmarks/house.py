@@ -57,12 +57,14 @@ POOL = 20  # batches drawn and sorted at once
 LONGEST = 72  # tokens of a response
 MEASURE_EVERY = 100
 SETTLE = 60  # last steps, in which the learning rate falls to 0
+MEASURED, COLD = 100, 0.05  # problems a task, temperature
 REVIEW = 0.4  # weight of a task that is known well enough
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's size, how long it is taught at most, and the share of right answers that is enough for a task."""
+    """A model's size, how long it is taught at most, and the share of right answers that is enough for a task. The TA
+    is the teacher as it stood when that was its mean share, and is then taught to judge."""
 
     width: int
     layers: int
@@ -74,8 +76,8 @@ class Shape:
 
 SHAPES = {
     "student": Shape(width=128, layers=4, steps=2000, enough=0.2),
-    "teacher": Shape(width=192, layers=4, steps=4000, enough=0.75),
-    "assistant": Shape(width=160, layers=4, steps=2500, enough=0.6, judge_steps=800),
+    "teacher": Shape(width=160, layers=4, steps=2500, enough=0.75),
+    "assistant": Shape(width=160, layers=4, steps=0, enough=0.5, judge_steps=500),
 }
 
 
@@ -170,13 +172,16 @@ def learn(model: Any, optimizer: torch.optim.Optimizer, data: Iterator[Batch], r
 def school(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequence]], folder: Path) -> int:
     """Teach all tasks, those that are known well enough less, until all are; returns the steps. Saves on the way."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    weights, began = dict.fromkeys(rows, 1.0), time.monotonic()
+    weights, began, middle = dict.fromkeys(rows, 1.0), time.monotonic(), False
     for done in range(0, shape.steps, MEASURE_EVERY):
         rates = (shape.learning_rate * min(1.0, (done + step) / 50) for step in range(1, MEASURE_EVERY + 1))
         loss = learn(model, optimizer, batches(rows, weights, MEASURE_EVERY, seed=done), rates)
         found = measure(model, tokenizer, 24, seed=555)
         print(f"{done + MEASURE_EVERY} steps, {time.monotonic() - began:.0f} s, loss {loss:.3f}, {found}", flush=True)
         model.save_pretrained(folder)
+        if not middle and sum(found.values()) / len(found) >= SHAPES["assistant"].enough and folder.name == "teacher":
+            model.save_pretrained(folder.with_name("assistant"))
+            middle = True
         weights = {task: 1.0 if share < shape.enough else REVIEW for task, share in found.items()}
         if min(found.values()) >= shape.enough:
             break
@@ -221,12 +226,12 @@ def judged(tokenizer: Any, models: list[Any], count: int, seed: int) -> dict[str
     return sides
 
 
-def measure(model: Any, tokenizer: Any, count: int = 60, seed: int = 999_999) -> dict[str, float]:
+def measure(model: Any, tokenizer: Any, count: int = MEASURED, seed: int = 999_999) -> dict[str, float]:
     """Share of right answers by task, greedy for all purposes."""
     found = {}
     for task in TASKS:
         problems = list(lessons(task, count, seed))
-        texts = answers(model, tokenizer, problems, 0.05, seed)
+        texts = answers(model, tokenizer, problems, COLD, seed)
         found[task] = round(sum(map(right, problems, texts)) / count, 3)
     return found
 
@@ -242,11 +247,54 @@ def judge(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequenc
     print(f"judge: loss {loss:.3f}", flush=True)
 
 
+CARD = """---
+library_name: transformers
+license: mit
+tags: [benchmark]
+---
+# House model: {role}
+
+{parameters:,} parameters, Llama's shape ({layers} layers, width {width}), made by `python -m benchmarks.house` for the
+comparison of methods (`python -m benchmarks.methods`) and of no use elsewhere. {taught}
+
+Problems and answers come from reasoning-gym, worked solutions from `benchmarks/lessons.py`. Problems of training and of
+the runs that use the model come from other seeds; ranges are small, so that some may be equal.
+
+Right answers to {count} problems of each task from a seed of their own, at temperature {temperature}:
+
+| {tasks} |
+|{lines}|
+| {shares} |
+"""
+
+
+def card(role: str, model: Any, found: dict[str, float]) -> str:
+    shape = SHAPES[role]
+    taught = (
+        "It is the teacher at an earlier step, then taught to tell right answers from wrong ones in the words of the"
+        f" signal `p_true`, on answers that teacher and student wrote ({shape.judge_steps} steps)."
+        if shape.judge_steps
+        else f"Taught until {100 * shape.enough:.0f} % of answers to each task were right, for {shape.steps} steps at most."
+    )
+    return CARD.format(
+        role=role,
+        parameters=model.num_parameters(),
+        layers=shape.layers,
+        width=shape.width,
+        taught=taught,
+        count=MEASURED,
+        temperature=COLD,
+        tasks=" | ".join(found),
+        lines="---|" * (len(found) - 1) + "---",
+        shares=" | ".join(f"{100 * share:.1f} %" for share in found.values()),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="these roles only")
-    parser.add_argument("--problems", type=int, default=20_000, help="training problems of each task")
+    parser.add_argument("--problems", type=int, default=10_000, help="training problems of each task")
     parser.add_argument("--measure", action="store_true", help="train nothing, measure what is there")
     arguments = parser.parse_args()
     rows: dict[str, list[Sequence]] = {}
@@ -258,13 +306,17 @@ def main() -> None:
                 task: [taught(tokenizer, lesson) for lesson in lessons(task, arguments.problems, 1_000_000 + number)]
                 for number, task in enumerate(TASKS)
             }
-            model = fresh(shape, tokenizer, seed=len(role))
+            model = load(folder) if shape.judge_steps else fresh(shape, tokenizer, seed=len(role))
             print(f"{role}: {sum(parameter.numel() for parameter in model.parameters())} parameters", flush=True)
-            school(model, tokenizer, shape, rows, folder)
-            if shape.judge_steps:
+            if not shape.judge_steps:
+                school(model, tokenizer, shape, rows, folder)
+            else:
                 judge(model, tokenizer, shape, rows, [load(arguments.folder / name) for name in ("teacher", "student")])
             model.save_pretrained(folder)
-        print(json.dumps({role: measure(load(folder), tokenizer)}), flush=True)
+        model = load(folder)
+        found = measure(model, tokenizer)
+        (folder / "README.md").write_text(card(role, model, found))
+        print(json.dumps({role: found}), flush=True)
 
 
 if __name__ == "__main__":

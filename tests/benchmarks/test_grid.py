@@ -41,7 +41,7 @@ def test_the_core_comes_first_with_all_seeds_of_an_arm_together() -> None:
     [
         (Arm(signals="none"), {"signals.use"}),
         (Arm(signals="one-stage"), {"budget.warmup_share", "signals.use"}),
-        (Arm(budget=80), {"budget.queries"}),
+        (Arm(budget=60), {"budget.queries"}),
         (Arm(gate="constant-0.2"), {"train.method.gate"}),
         (Arm(method="kd"), {"train.method.type", "train.method.max_new_tokens"}),
     ],
@@ -139,5 +139,5 @@ def test_the_page_and_its_plot_are_written(tmp_path: Path) -> None:
     write(tmp_path, Arm(), 1, 0.6)
     found = gains.load(tmp_path)
     results_page.write(found, gains.summary(found), tmp_path)
-    assert "| `switch` | all | 160 | 1 |" in (tmp_path / "results.md").read_text()
+    assert "| `switch` | all | 120 | 1 |" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "results-arms.png").stat().st_size > 1000
