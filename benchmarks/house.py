@@ -274,7 +274,7 @@ def card(role: str, model: Any, found: dict[str, float]) -> str:
         "It is the teacher at an earlier step, then taught to tell right answers from wrong ones in the words of the"
         f" signal `p_true`, on answers that teacher and student wrote ({shape.judge_steps} steps)."
         if shape.judge_steps
-        else f"Taught until {100 * shape.enough:.0f} % of answers to each task were right, for {shape.steps} steps at most."
+        else f"Taught until {100 * shape.enough:.0f} % of answers to each task were right, {shape.steps} steps at most."
     )
     return CARD.format(
         role=role,
