@@ -56,7 +56,6 @@ BATCH = 32
 POOL = 20  # batches drawn and sorted at once
 LONGEST = 72  # tokens of a response
 MEASURE_EVERY = 100
-SETTLE = 60  # last steps, in which the learning rate falls to 0
 MEASURED, COLD = 100, 0.05  # problems a task, temperature
 REVIEW = 0.4  # weight of a task that is known well enough
 
@@ -70,13 +69,15 @@ class Shape:
     layers: int
     steps: int
     enough: float
+    problems: int = 10_000  # of each task
     learning_rate: float = 1.5e-3
+    settle: int = 0  # last steps, in which the learning rate falls to 0
     judge_steps: int = 0
 
 
 SHAPES = {
-    "student": Shape(width=128, layers=4, steps=2000, enough=0.2),
-    "teacher": Shape(width=160, layers=4, steps=2500, enough=0.75),
+    "student": Shape(width=128, layers=4, steps=500, enough=0.2, problems=20_000),
+    "teacher": Shape(width=160, layers=4, steps=2500, enough=0.75, settle=80),
     "assistant": Shape(width=160, layers=4, steps=0, enough=0.5, judge_steps=500),
 }
 
@@ -169,8 +170,8 @@ def learn(model: Any, optimizer: torch.optim.Optimizer, data: Iterator[Batch], r
     return sum(losses) / len(losses)
 
 
-def school(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequence]], folder: Path) -> int:
-    """Teach all tasks, those that are known well enough less, until all are; returns the steps. Saves on the way."""
+def school(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequence]], folder: Path) -> None:
+    """Teach all tasks, those that are known well enough less, until all are. Saves on the way."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     weights, began, middle = dict.fromkeys(rows, 1.0), time.monotonic(), False
     for done in range(0, shape.steps, MEASURE_EVERY):
@@ -185,9 +186,9 @@ def school(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequen
         weights = {task: 1.0 if share < shape.enough else REVIEW for task, share in found.items()}
         if min(found.values()) >= shape.enough:
             break
-    rates = (shape.learning_rate * (1 - step / SETTLE) for step in range(SETTLE))
-    learn(model, optimizer, batches(rows, weights, SETTLE, seed=-1), rates)
-    return done + MEASURE_EVERY + SETTLE
+    if shape.settle:
+        rates = (shape.learning_rate * (1 - step / shape.settle) for step in range(shape.settle))
+        learn(model, optimizer, batches(rows, weights, shape.settle, seed=-1), rates)
 
 
 def answers(model: Any, tokenizer: Any, problems: list[Lesson], temperature: float, seed: int) -> list[str]:
@@ -257,7 +258,7 @@ tags: [benchmark]
 {parameters:,} parameters, Llama's shape ({layers} layers, width {width}), made by `python -m benchmarks.house` for the
 comparison of methods (`python -m benchmarks.methods`) and of no use elsewhere. {taught}
 
-Problems and answers come from reasoning-gym, worked solutions from `benchmarks/lessons.py`. Problems of training and of
+{problems:,} problems a task and their answers come from reasoning-gym, worked solutions from `benchmarks/lessons.py`. Problems of training and of
 the runs that use the model come from other seeds; ranges are small, so that some may be equal.
 
 Right answers to {count} problems of each task from a seed of their own, at temperature {temperature}:
@@ -281,6 +282,7 @@ def card(role: str, model: Any, found: dict[str, float]) -> str:
         parameters=model.num_parameters(),
         layers=shape.layers,
         width=shape.width,
+        problems=shape.problems,
         taught=taught,
         count=MEASURED,
         temperature=COLD,
@@ -294,16 +296,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="these roles only")
-    parser.add_argument("--problems", type=int, default=10_000, help="training problems of each task")
     parser.add_argument("--measure", action="store_true", help="train nothing, measure what is there")
     arguments = parser.parse_args()
-    rows: dict[str, list[Sequence]] = {}
     for role in arguments.only:
         shape, folder = SHAPES[role], arguments.folder / role
         tokenizer = tokenizer_of(folder)
         if not arguments.measure:
-            rows = rows or {
-                task: [taught(tokenizer, lesson) for lesson in lessons(task, arguments.problems, 1_000_000 + number)]
+            rows = {
+                task: [taught(tokenizer, lesson) for lesson in lessons(task, shape.problems, 1_000_000 + number)]
                 for number, task in enumerate(TASKS)
             }
             model = load(folder) if shape.judge_steps else fresh(shape, tokenizer, seed=len(role))
