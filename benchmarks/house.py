@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.lessons import TASKS, Lesson, lessons
+from benchmarks.lessons import HOUSE, TASKS, Lesson, lessons
 from benchmarks.pairs import load, response_states
 from kernels.decode import Sampling, alone
 from kernels.fused import fused_cross_entropy
@@ -29,7 +29,6 @@ from tasks.config.signals import P_TRUE, PTrue
 from tasks.score import filled
 from tasks.student import head_of
 
-FOLDER = Path(__file__).parent / "house"
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if not loop.last or message['role'] != 'assistant' %}</s>{% endif %}{% endfor %}"
@@ -258,8 +257,9 @@ tags: [benchmark]
 {parameters:,} parameters, Llama's shape ({layers} layers, width {width}), made by `python -m benchmarks.house` for the
 comparison of methods (`python -m benchmarks.methods`) and of no use elsewhere. {taught}
 
-{problems:,} problems a task and their answers come from reasoning-gym, worked solutions from `benchmarks/lessons.py`. Problems of training and of
-the runs that use the model come from other seeds; ranges are small, so that some may be equal.
+{problems:,} problems a task and their answers come from reasoning-gym, worked solutions from
+`benchmarks/lessons.py`. Problems of training and of the runs that use the model come from other seeds; ranges are
+small, so that some may be equal.
 
 Right answers to {count} problems of each task from a seed of their own, at temperature {temperature}:
 
@@ -294,7 +294,7 @@ def card(role: str, model: Any, found: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--folder", type=Path, default=HOUSE)
     parser.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="these roles only")
     parser.add_argument("--measure", action="store_true", help="train nothing, measure what is there")
     arguments = parser.parse_args()

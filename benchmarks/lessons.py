@@ -6,8 +6,11 @@ ends with "Answer: …", and its own verifier reads that.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+# Where the models are that were taught.
+HOUSE = Path(__file__).parent / "house"
 # What is taught. Runs take their problems from the same ranges or a part of them.
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 3, "max_terms": 6, "min_digits": 1, "max_digits": 1},

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.conditions import RESULTS, options
 from benchmarks.grid import core, grid
-from benchmarks.house import FOLDER
+from benchmarks.lessons import HOUSE
 
 FOLDER_OF_RESULTS = RESULTS / "methods"
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cells whose names begin so")
     parser.add_argument("--root", default="runs/methods", help="where the runs lie")
     parser.add_argument("--results", type=Path, default=FOLDER_OF_RESULTS)
-    parser.add_argument("--house", type=Path, default=FOLDER, help="where the house models lie")
+    parser.add_argument("--house", type=Path, default=HOUSE, help="where the house models lie")
     parser.add_argument("--list", action="store_true", help="name the cells, and whether their results are there")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--page", action="store_true")
