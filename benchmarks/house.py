@@ -76,8 +76,8 @@ class Shape:
 
 SHAPES = {
     "student": Shape(width=128, layers=4, steps=500, enough=0.2, problems=20_000),
-    "teacher": Shape(width=160, layers=4, steps=2500, enough=0.75, settle=80),
-    "assistant": Shape(width=160, layers=4, steps=0, enough=0.5, judge_steps=500),
+    "teacher": Shape(width=160, layers=4, steps=1400, enough=0.75, settle=400),
+    "assistant": Shape(width=160, layers=4, steps=0, enough=0.5, judge_steps=400),
 }
 
 
@@ -169,15 +169,16 @@ def learn(model: Any, optimizer: torch.optim.Optimizer, data: Iterator[Batch], r
     return sum(losses) / len(losses)
 
 
-def school(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequence]], folder: Path) -> None:
-    """Teach all tasks, those that are known well enough less, until all are. Saves on the way."""
+def school(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequence]], folder: Path, done: int) -> None:
+    """Teach all tasks, those that are known well enough less, until all are; so many steps are done. Saves on the way,
+    the weights only: what goes on begins with an optimiser that knows nothing."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     weights, began, middle = dict.fromkeys(rows, 1.0), time.monotonic(), False
-    for done in range(0, shape.steps, MEASURE_EVERY):
-        rates = (shape.learning_rate * min(1.0, (done + step) / 50) for step in range(1, MEASURE_EVERY + 1))
-        loss = learn(model, optimizer, batches(rows, weights, MEASURE_EVERY, seed=done), rates)
+    for step in range(done, shape.steps, MEASURE_EVERY):
+        rates = (shape.learning_rate * min(1.0, (step + part) / 50) for part in range(1, MEASURE_EVERY + 1))
+        loss = learn(model, optimizer, batches(rows, weights, MEASURE_EVERY, seed=step), rates)
         found = measure(model, tokenizer, 24, seed=555)
-        print(f"{done + MEASURE_EVERY} steps, {time.monotonic() - began:.0f} s, loss {loss:.3f}, {found}", flush=True)
+        print(f"{step + MEASURE_EVERY} steps, {time.monotonic() - began:.0f} s, loss {loss:.3f}, {found}", flush=True)
         model.save_pretrained(folder)
         if not middle and sum(found.values()) / len(found) >= SHAPES["assistant"].enough and folder.name == "teacher":
             model.save_pretrained(folder.with_name("assistant"))
@@ -186,8 +187,9 @@ def school(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequen
         if min(found.values()) >= shape.enough:
             break
     if shape.settle:
-        rates = (shape.learning_rate * (1 - step / shape.settle) for step in range(shape.settle))
-        learn(model, optimizer, batches(rows, weights, shape.settle, seed=-1), rates)
+        rates = (shape.learning_rate * min(step / 20, 1 - step / shape.settle) for step in range(shape.settle))
+        loss = learn(model, optimizer, batches(rows, weights, shape.settle, seed=-1), rates)
+        print(f"settled, {time.monotonic() - began:.0f} s, loss {loss:.3f}", flush=True)
 
 
 def answers(model: Any, tokenizer: Any, problems: list[Lesson], temperature: float, seed: int) -> list[str]:
@@ -238,7 +240,7 @@ def measure(model: Any, tokenizer: Any, count: int = MEASURED, seed: int = 999_9
 
 def judge(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequence]], others: list[Any]) -> None:
     """Teach to tell right answers from wrong ones, beside the tasks."""
-    asked = judged(tokenizer, others, 6_000, 2_000_000)
+    asked = judged(tokenizer, others, 2_400, 2_000_000)
     print({verdict: len(side) for verdict, side in asked.items()}, flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     weights = {"right": 1.5, "wrong": 1.5, **dict.fromkeys(TASKS, 0.4)}
@@ -296,6 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=HOUSE)
     parser.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="these roles only")
+    parser.add_argument("--done", type=int, default=0, help="go on from saved weights, so many steps old")
     parser.add_argument("--measure", action="store_true", help="train nothing, measure what is there")
     arguments = parser.parse_args()
     for role in arguments.only:
@@ -306,10 +309,10 @@ def main() -> None:
                 task: [taught(tokenizer, lesson) for lesson in lessons(task, shape.problems, 1_000_000 + number)]
                 for number, task in enumerate(TASKS)
             }
-            model = load(folder) if shape.judge_steps else fresh(shape, tokenizer, seed=len(role))
+            model = load(folder) if shape.judge_steps or arguments.done else fresh(shape, tokenizer, seed=len(role))
             print(f"{role}: {sum(parameter.numel() for parameter in model.parameters())} parameters", flush=True)
             if not shape.judge_steps:
-                school(model, tokenizer, shape, rows, folder)
+                school(model, tokenizer, shape, rows, folder, arguments.done)
             else:
                 judge(model, tokenizer, shape, rows, [load(arguments.folder / name) for name in ("teacher", "student")])
             model.save_pretrained(folder)
