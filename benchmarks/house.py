@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.lessons import HOUSE, TASKS, Lesson, lessons
 from benchmarks.pairs import load, response_states
+from kernels.calibration import auroc
 from kernels.decode import Sampling, alone
 from kernels.fused import fused_cross_entropy
 from kernels.noise import sequence_key
@@ -76,7 +77,7 @@ class Shape:
 
 SHAPES = {
     "student": Shape(width=128, layers=4, steps=500, enough=0.2, problems=20_000),
-    "teacher": Shape(width=160, layers=4, steps=1400, enough=0.75, settle=400),
+    "teacher": Shape(width=160, layers=4, steps=1200, enough=0.75, settle=600),
     "assistant": Shape(width=160, layers=4, steps=0, enough=0.5, judge_steps=400),
 }
 
@@ -174,6 +175,10 @@ def school(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequen
     the weights only: what goes on begins with an optimiser that knows nothing."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     weights, began, middle = dict.fromkeys(rows, 1.0), time.monotonic(), False
+    if done >= shape.steps:
+        weights = {
+            task: 1.0 if share < shape.enough else REVIEW for task, share in measure(model, tokenizer, 24).items()
+        }
     for step in range(done, shape.steps, MEASURE_EVERY):
         rates = (shape.learning_rate * min(1.0, (step + part) / 50) for part in range(1, MEASURE_EVERY + 1))
         loss = learn(model, optimizer, batches(rows, weights, MEASURE_EVERY, seed=step), rates)
@@ -216,7 +221,7 @@ def right(lesson: Lesson, text: str) -> bool:
 
 
 def judged(tokenizer: Any, models: list[Any], count: int, seed: int) -> dict[str, list[Sequence]]:
-    """What a TA is asked about others' answers, with the verdict of the known answer; as many right as wrong."""
+    """What a TA is asked about others' answers, with the verdict of the known answer."""
     problems = [lesson for task in TASKS for lesson in lessons(task, count // len(TASKS), seed)]
     sides: dict[str, list[Sequence]] = {"right": [], "wrong": []}
     for number, model in enumerate(models):
@@ -249,6 +254,18 @@ def judge(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequenc
     print(f"judge: loss {loss:.3f}", flush=True)
 
 
+@torch.no_grad()
+def discernment(model: Any, tokenizer: Any, others: list[Any], seed: int = 888_888) -> dict[str, float]:
+    """By task, how well the TA tells right answers from wrong ones that the others wrote: AUROC of p_true."""
+    yes, no = (tokenizer.encode(text, add_special_tokens=False)[0] for text in (PTrue().true, PTrue().false))
+    found: dict[str, list[tuple[float, bool]]] = {task: [] for task in TASKS}
+    for verdict, rows in judged(tokenizer, others, MEASURED * len(TASKS), seed).items():
+        for row in rows:
+            logits_V = model(row.prompt[None]).logits[0, -1]
+            found[row.name].append((float(logits_V[yes] - logits_V[no]), verdict == "right"))
+    return {task: round(auroc(*zip(*pairs, strict=True)), 3) for task, pairs in found.items()}
+
+
 CARD = """---
 library_name: transformers
 license: mit
@@ -268,6 +285,9 @@ Right answers to {count} problems of each task from a seed of their own, at temp
 | {tasks} |
 |{lines}|
 | {shares} |
+"""
+JUDGES = """
+How well it tells right from wrong answers of teacher and student at temperature 0.8 (AUROC of `p_true`): {}.
 """
 
 
@@ -318,8 +338,12 @@ def main() -> None:
             model.save_pretrained(folder)
         model = load(folder)
         found = measure(model, tokenizer)
-        (folder / "README.md").write_text(card(role, model, found))
-        print(json.dumps({role: found}), flush=True)
+        text, told = card(role, model, found), {}
+        if shape.judge_steps:
+            told = discernment(model, tokenizer, [load(arguments.folder / name) for name in ("teacher", "student")])
+            text += JUDGES.format(", ".join(f"{task} {value:.2f}" for task, value in told.items()))
+        (folder / "README.md").write_text(text)
+        print(json.dumps({role: found, "judges": told}), flush=True)
 
 
 if __name__ == "__main__":
