@@ -37,7 +37,16 @@ PUBLISHED_TEACHER_SHARE = {"decay-1/5": 0.78, "decay-1/10": 0.53, "decay-1/15": 
 ONE_STAGE_SHARE = 0.05
 CANDIDATES = 320
 LONGEST = 64
+# Of what was taught the part in which the teacher is right about 7 to 9 times in 10; counting letters it is below that.
+RANGES: dict[str, dict[str, Any]] = {
+    "chain_sum": {},
+    "gcd": {"max_value": 40},
+    "leg_counting": {"max_animals": 2},
+    "letter_counting": {"max_words": 3},
+}
 HELDOUT = 50
+# Seeds of problems, far apart: reasoning-gym makes problem i of seed s as problem i + 1 of seed s - 1.
+LEARNT_FROM, HELD_OUT = 3_000_000, 4_000_000
 
 
 @dataclass(frozen=True, order=True)
@@ -123,10 +132,10 @@ def settings(cell: Cell, house: Path) -> dict[str, Any]:
         "seed": cell.seed,
         "models": models,
         "prompts": {
-            "sources": [{"type": "reasoning_gym", "seed": 11, "tasks": problems(300)}],
+            "sources": [{"type": "reasoning_gym", "seed": LEARNT_FROM, "tasks": problems(300)}],
             # Held-out problems are the same in all cells, whatever their seed: there are no more than are used.
-            "heldout_sources": [{"type": "reasoning_gym", "seed": 12, "tasks": problems(HELDOUT)}],
-            "heldout": HELDOUT * len(TASKS),
+            "heldout_sources": [{"type": "reasoning_gym", "seed": HELD_OUT, "tasks": problems(HELDOUT)}],
+            "heldout": HELDOUT * len(RANGES),
             "max_prompt_tokens": 120,
             "near_duplicates": {"enabled": False},
         },
@@ -160,5 +169,5 @@ def settings(cell: Cell, house: Path) -> dict[str, Any]:
 
 
 def problems(size: int) -> list[dict[str, Any]]:
-    """So many of every task the house models were taught."""
-    return [{"name": task, "size": size, "options": options} for task, options in TASKS.items()]
+    """So many of every task."""
+    return [{"name": task, "size": size, "options": {**TASKS[task], **RANGES[task]}} for task in RANGES]

@@ -233,7 +233,7 @@ def judged(tokenizer: Any, models: list[Any], count: int, seed: int) -> dict[str
     return sides
 
 
-def measure(model: Any, tokenizer: Any, count: int = MEASURED, seed: int = 999_999) -> dict[str, float]:
+def measure(model: Any, tokenizer: Any, count: int = MEASURED, seed: int = 5_000_000) -> dict[str, float]:
     """Share of right answers by task, greedy for all purposes."""
     found = {}
     for task in TASKS:
@@ -255,14 +255,14 @@ def judge(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequenc
 
 
 @torch.no_grad()
-def discernment(model: Any, tokenizer: Any, others: list[Any], seed: int = 888_888) -> dict[str, float]:
+def discernment(model: Any, tokenizer: Any, others: list[Any], seed: int = 6_000_000) -> dict[str, float]:
     """By task, how well the TA tells right answers from wrong ones that the others wrote: AUROC of p_true."""
     yes, no = (tokenizer.encode(text, add_special_tokens=False)[0] for text in (PTrue().true, PTrue().false))
     found: dict[str, list[tuple[float, bool]]] = {task: [] for task in TASKS}
     for verdict, rows in judged(tokenizer, others, MEASURED * len(TASKS), seed).items():
         for row in rows:
             logits_V = model(row.prompt[None]).logits[0, -1]
-            found[row.name].append((float(logits_V[yes] - logits_V[no]), verdict == "right"))
+            found[row.name].append((torch.sigmoid(logits_V[yes] - logits_V[no]).item(), verdict == "right"))
     return {task: round(auroc(*zip(*pairs, strict=True)), 3) for task, pairs in found.items()}
 
 
@@ -280,7 +280,7 @@ comparison of methods (`python -m benchmarks.methods`) and of no use elsewhere. 
 `benchmarks/lessons.py`. Problems of training and of the runs that use the model come from other seeds; ranges are
 small, so that some may be equal.
 
-Right answers to {count} problems of each task from a seed of their own, at temperature {temperature}:
+Right answers to {count} problems of each task from seeds of their own, at temperature {temperature}:
 
 | {tasks} |
 |{lines}|
