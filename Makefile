@@ -1,4 +1,4 @@
-# make demo | test | check | audit | bench | env
+# make demo | test | check | audit | bench | house-models | env
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 TORCH_INDEX := $(if $(UV_FIND_LINKS)$(filter gpu,$(EXTRA)),,--torch-backend cpu)
 
-.PHONY: demo test test-long check audit bench env clean
+.PHONY: demo test test-long check audit bench house-models env clean
 
 env: .venv/.installed
 
@@ -58,6 +58,10 @@ audit: env
 
 bench: env
 	@for name in divergence switch_decode switch_step teacher_codec store sampling orchestration; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
+
+# The models of benchmarks/methods.py; made ones are committed. About an hour of one core.
+house-models: env
+	$(BIN)/python -m benchmarks.house
 
 clean:
 	rm -rf .venv runs

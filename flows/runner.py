@@ -251,7 +251,7 @@ class Runner(Pipeline):
 
     def _open_room(self) -> None:
         """See that the run's engine room is open; a room that ended is replaced under a new id."""
-        if self.room and self.room.status not in FINAL:
+        if self.config.resources.engine_room or (self.room and self.room.status not in FINAL):
             return
         self._write_lease(0)
         arguments = ("-m", "infra.engine_room", "--namespace", f"switchyard-{self.run}")

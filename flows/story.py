@@ -74,6 +74,7 @@ def on_gpu(config: RunConfig) -> bool:
 def runtime(config: RunConfig, run: str) -> Runtime:
     """Where stages run and how models are served."""
     gpu, kept, price = on_gpu(config), config.sampling.distributions, config.budget.price
+    room = config.resources.engine_room
 
     def engine(role: str) -> dict[str, Any]:
         if isinstance(source := getattr(config.models, role), OpenAIModel):
@@ -83,11 +84,12 @@ def runtime(config: RunConfig, run: str) -> Runtime:
         # A TA that is the teacher is served by its engines: their settings have to be equal.
         teaches = getattr(config.models, role) == config.models.teacher
         most = {"max_logprobs": kept.limit} if isinstance(kept, TopTokens) and teaches else {}
-        return {**own, **most, "gpu": gpu, "seed": config.seed}
+        # Every request has a seed of its own; an engine that runs share can have none of theirs.
+        return {**own, **most, "gpu": gpu, "seed": 0 if room else config.seed}
 
     return Runtime(
         run=run,
-        namespace=f"switchyard-{run}",
+        namespace=f"switchyard-{room or run}",
         engines={role: engine(role) for role in ("teacher", "assistant", "student")},
         workers=config.resources.train_workers,
         gpus_per_worker=config.resources.gpus_per_worker if gpu else 0,

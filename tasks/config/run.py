@@ -54,6 +54,9 @@ class Resources(Config):
     """GPUs of a training worker: 0 on CPU."""
     release_engines: bool = False
     """End the engines before training and load them again after it: for machines where both do not fit."""
+    engine_room: str | None = Field(default=None, pattern=NAME)
+    """Name of an engine room that is open on the cluster and stays open behind the run, as a series of runs shares it;
+    absent: the run opens its own."""
     stage_deadline_minutes: float = Field(default=1440, gt=0)
     """A stage that runs longer is stopped, and the run fails unless ``retry_late_stages`` is set."""
     retry_late_stages: bool = False

@@ -1,7 +1,7 @@
 """Sampling, and the signals that steer teacher queries. Constants by Zhou & Ai (2024) where stated there,
 by our own choice otherwise: the paper's body leaves shares and thresholds open."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -142,9 +142,21 @@ class Select(Config):
         return self
 
 
+# What a run with some of the signals does without the others: queries at random, every annotation kept.
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "none": {"select": {"rule": "random"}, "keep": {"rule": "all"}},
+    "consistency": {"select": {"rule": "signals", "assistant_weight": 0.0}, "keep": {"rule": "all"}},
+    "ta_student": {"select": {"rule": "signals", "consistency_weight": 0.0}, "keep": {"rule": "all"}},
+    "ta_teacher": {"select": {"rule": "random"}},
+}
+
+
 class Signals(Config):
     """Teaching-assistant-in-the-loop."""
 
+    use: Literal["all", "none", "consistency", "ta_student", "ta_teacher"] = "all"
+    """Which signals count, for ablations: one of them, or ``none``; it overrides the rules and weights below. ``all``:
+    as set below."""
     confidence: Confidence = PTrue()
     """How the TA's confidence is read."""
     keep: Keep = Keep()
@@ -153,3 +165,11 @@ class Signals(Config):
     """The filter before the teacher."""
     candidates: int | None = Field(default=None, ge=1)
     """Prompts the student is sampled on, drawn at random from those not yet asked; all where absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ablated(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        changes = ABLATIONS.get(data.get("use", "all"), {})
+        return {**data, **{part: {**dict(data.get(part) or {}), **fields} for part, fields in changes.items()}}

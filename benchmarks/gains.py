@@ -1,0 +1,188 @@
+"""What the committed cells say: accuracies by arm, gains of signals and of SWITCH, with intervals.
+
+Accuracy is the mean over tasks of a task's share of right answers. Intervals resample seeds and, within each task,
+problems, 2,000 times (the two-way bootstrap of `kernels/bootstrap.py`); two arms are compared on the same draws, and on
+the seeds that both have. With one seed only problems are resampled.
+
+Shapes: P problems of a task, S seeds, R resamples.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.grid import GATES, METHOD, METHODS, PUBLISHED_TEACHER_SHARE, SIGNALS, Arm
+
+RESAMPLES = 2000
+KEYS = (
+    "signals_relative_gain",
+    "signals_gain_interval",
+    "switch_minus_best_other",
+    "switch_interval",
+    "tasks_at_or_above_teacher",
+    "cells",
+)
+Found = dict[Arm, dict[int, dict[str, Any]]]
+# By task: shares of right answers [P, S].
+Grid = dict[str, NDArray]
+
+
+def load(folder: Path) -> Found:
+    """Results by arm and seed."""
+    found: Found = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        found.setdefault(Arm(**result["arm"]), {})[result["seed"]] = result
+    return found
+
+
+def shares(cells: dict[int, dict[str, Any]], seeds: Iterable[int], label: str = "final") -> Grid:
+    """By task, each problem's share of right answers [P, S] in the cells of these seeds."""
+    found: dict[str, list[NDArray]] = {}
+    for seed in seeds:
+        for task, samples in cells[seed]["correct"][label].items():
+            marks_EP = np.array([[mark == "1" for mark in sample] for sample in samples], np.float64)
+            found.setdefault(task, []).append(marks_EP.mean(0))
+    return {task: np.stack(columns, 1) for task, columns in found.items()}
+
+
+def accuracy(grid: Grid) -> float:
+    """The mean over tasks."""
+    return float(np.mean([values.mean() for values in grid.values()]))
+
+
+def interval(
+    arms: list[Grid], figure: Callable[..., Any], *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[float] | None:
+    """The 95 % percentile interval of a figure of the arms' accuracies; all arms have the same problems and seeds."""
+    generator, first = np.random.default_rng(seed), arms[0]
+    width = next(iter(first.values())).shape[1]
+    seeds_RS = drawn(generator, width, resamples) / width
+    problems = {task: drawn(generator, len(values), resamples) / len(values) for task, values in first.items()}
+    means = [
+        np.mean([((problems[task] @ values_PS) * seeds_RS).sum(1) for task, values_PS in arm.items()], 0)
+        for arm in arms
+    ]
+    figures_R = figure(*means)
+    known = figures_R[np.isfinite(figures_R)]
+    return [round(float(bound), 4) for bound in np.quantile(known, [0.025, 0.975])] if len(known) else None
+
+
+def drawn(generator: np.random.Generator, size: int, resamples: int) -> NDArray:
+    """How often each of so many is drawn, with replacement, in each resample [R, size]."""
+    return generator.multinomial(size, np.full(size, 1 / size), resamples).astype(np.float64)
+
+
+def compared(found: Found, one: Arm, other: Arm, figure: Callable[..., Any]) -> dict[str, Any] | None:
+    """A figure of two arms with its interval; None where no seed has both."""
+    seeds = sorted(found.get(one, {}).keys() & found.get(other, {}).keys())
+    if not seeds:
+        return None
+    grids = [shares(found[arm], seeds) for arm in (one, other)]
+    value = figure(*map(accuracy, grids))
+    return {"value": round(float(value), 4), "interval": interval(grids, figure), "seeds": seeds}
+
+
+def relative(one: Any, other: Any) -> Any:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.divide(one, other) - 1
+
+
+def difference(one: Any, other: Any) -> Any:
+    return one - other
+
+
+def arm_row(arm: Arm, cells: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """One arm: its accuracy, what it cost, how often the teacher wrote."""
+    seeds = sorted(cells)
+    grid = shares(cells, seeds)
+
+    def mean(key: str) -> float | None:
+        known = [cell[key] for cell in cells.values() if cell.get(key) is not None]
+        return sum(known) / len(known) if known else None
+
+    return {
+        "arm": arm,
+        "seeds": seeds,
+        "accuracy": accuracy(grid),
+        "interval": interval([grid], lambda value: value),
+        "tasks": {task: float(values.mean()) for task, values in grid.items()},
+        "intervention_rate": mean("intervention_rate"),
+        "published": PUBLISHED_TEACHER_SHARE.get(arm.gate) if arm.method == METHOD else None,
+        "teacher_tokens": mean("teacher_tokens"),
+        "online_teacher_tokens": mean("online_teacher_tokens"),
+        "response_length": mean("response_length"),
+        "seconds": mean("seconds"),
+    }
+
+
+def summary(found: Found) -> dict[str, Any]:
+    """All figures; KEYS among them. What has no cells yet is None."""
+    gain = compared(found, Arm(), Arm(signals="none"), relative)
+    others = {
+        arm: result
+        for name in METHODS
+        if name != METHOD and (result := compared(found, Arm(), arm := Arm(method=name), difference))
+    }
+    # The best other method is the one that SWITCH is least ahead of, on the seeds that both have.
+    best = min(others, key=lambda arm: others[arm]["value"], default=None)
+    switch = others[best] if best else None
+    rows = [arm_row(arm, cells) for arm, cells in found.items()]
+    return {
+        "signals_relative_gain": gain and gain["value"],
+        "signals_gain_interval": gain and gain["interval"],
+        "switch_minus_best_other": switch and switch["value"],
+        "switch_interval": switch and switch["interval"],
+        "tasks_at_or_above_teacher": at_teacher(found) if found else None,
+        "cells": sum(map(len, found.values())),
+        "best_other": best and best.method,
+        "arms": rows,
+        "start": start(found),
+        "by_signals": {
+            name: compared(found, Arm(signals=name), Arm(signals="none"), relative)
+            for name in SIGNALS
+            if name != "none"
+        },
+        "against_fine_tuning": compared(found, Arm(), Arm(method="sft", signals="none"), relative),
+        "methods": {arm.method: result for arm, result in others.items()},
+        "gates": {gate: result for gate in GATES if (result := compared(found, Arm(gate=gate), Arm(), difference))},
+        "by_length": by_length(found, best),
+    }
+
+
+def start(found: Found) -> dict[str, dict[str, float]]:
+    """The teacher's and the untrained student's accuracy by task, over the first arm's seeds."""
+    first = next(iter(found.values()), {})
+    grids = {label: shares(first, sorted(first), label) for label in ("teacher", "base")}
+    return {label: {task: float(values.mean()) for task, values in grid.items()} for label, grid in grids.items()}
+
+
+def at_teacher(found: Found) -> int:
+    """Tasks in which the best arm's mean over its seeds is at or above the teacher's over the same seeds."""
+    reached = set()
+    for cells in found.values():
+        final, teacher = (shares(cells, sorted(cells), label) for label in ("final", "teacher"))
+        reached |= {task for task in final if final[task].mean() >= teacher[task].mean()}
+    return len(reached)
+
+
+def by_length(found: Found, best: Arm | None) -> list[dict[str, Any]]:
+    """SWITCH's lead by task, tasks in the order of the teacher's mean answer length."""
+    if best is None:
+        return []
+    seeds = sorted(found[Arm()].keys() & found[best].keys())
+    one, other = (shares(found[arm], seeds) for arm in (Arm(), best))
+    lengths = found[Arm()][seeds[0]]["answer_tokens"]
+    return [
+        {
+            "task": task,
+            "tokens": lengths[task],
+            "lead": round(float(one[task].mean() - other[task].mean()), 4),
+            "interval": interval([{task: one[task]}, {task: other[task]}], difference),
+        }
+        for task in sorted(one, key=lengths.__getitem__)
+    ]

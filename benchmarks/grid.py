@@ -1,0 +1,173 @@
+"""The grid of runs that compares signals and methods: what a cell is, which there are, and in which order they run.
+
+A cell is a whole run. All have the same settings but for a seed, a budget, and one setting that names the arm, so that
+arms of one seed and budget share prompts, warm-up and teacher. The order makes a part of the grid worth reading: first
+what the targets ask about, every arm with all its seeds before the next.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lessons import TASKS
+
+SEEDS = (1, 2, 3)
+BUDGET = 120
+BUDGETS = (60, BUDGET, 240)
+METHOD = "switch"
+STEPS, BATCH = 60, 16
+
+METHODS = ("switch", "sft", "gkd", "kd", "distillm", "minillm", "imitkd", "skd", "opd", "seqkd")
+SIGNALS = ("all", "none", "consistency", "ta_student", "ta_teacher", "one-stage")
+# Threshold strategies and decays of SWITCH, as in the paper's tables.
+GATES: dict[str, dict[str, Any]] = {
+    "linear": {"type": "linear"},
+    "growth": {"type": "exponential_growth"},
+    "constant-0.2": {"type": "constant", "value": 0.2},
+    "mix-in-0.2": {"type": "mix_in", "alpha": 0.2},
+    "random-teacher": {"type": "random_teacher"},
+    "decay-1/5": {"type": "exponential_decay", "rate": 1 / 5},
+    "decay-1/15": {"type": "exponential_decay", "rate": 1 / 15},
+    "decay-1/25": {"type": "exponential_decay", "rate": 1 / 25},
+    "adaptive": {"type": "adaptive"},
+}
+# What the paper reports of its own pairs: share of tokens that the teacher wrote.
+PUBLISHED_TEACHER_SHARE = {"decay-1/5": 0.78, "decay-1/10": 0.53, "decay-1/15": 0.19, "decay-1/25": 0.07}
+# A run has two stages by its settings; with so small a first one it has one in all but name.
+ONE_STAGE_SHARE = 0.05
+CANDIDATES = 320
+LONGEST = 64
+# Of what was taught the part in which the teacher is right about 7 to 9 times in 10; counting letters it is below that.
+RANGES: dict[str, dict[str, Any]] = {
+    "chain_sum": {},
+    "gcd": {"max_value": 40},
+    "leg_counting": {"max_animals": 2},
+    "letter_counting": {"max_words": 3},
+}
+HELDOUT = 50
+# Seeds of problems, far apart: reasoning-gym makes problem i of seed s as problem i + 1 of seed s - 1.
+LEARNT_FROM, HELD_OUT = 3_000_000, 4_000_000
+
+
+@dataclass(frozen=True, order=True)
+class Arm:
+    """What cells differ in beside their seed."""
+
+    method: str = METHOD
+    signals: str = "all"
+    gate: str = "decay-1/10"
+    budget: int = BUDGET
+
+    @property
+    def name(self) -> str:
+        gate = "" if self.gate == "decay-1/10" else f"-{self.gate}"
+        return f"{self.method}{gate}-{self.signals}-{self.budget}".replace("/", "-").replace(".", "-").replace("_", "-")
+
+    def changes(self) -> dict[str, Any]:
+        """Settings by path that make the arm: one for each thing in which it differs from the others."""
+        found: dict[str, Any] = {"budget.queries": self.budget, "train.method": method(self.method)}
+        if self.signals == "one-stage":
+            found["budget.warmup_share"] = ONE_STAGE_SHARE
+        else:
+            found["signals.use"] = self.signals
+        if self.gate in GATES:
+            found["train.method"] = {**found["train.method"], "gate": GATES[self.gate]}
+        return found
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    arm: Arm
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}-seed{self.seed}"
+
+
+def method(name: str) -> dict[str, Any]:
+    """A method with its paper's constants; rollouts as long as answers are."""
+    longest = {} if name in ("sft", "seqkd", "kd") else {"max_new_tokens": LONGEST}
+    return {"type": name, **longest}
+
+
+def core() -> list[Arm]:
+    """About 30 cells: signals against none, plain fine-tuning, the methods, then single signals."""
+    return [
+        Arm(),
+        Arm(signals="none"),
+        Arm(method="sft", signals="none"),
+        *(Arm(method=name) for name in METHODS[1:6]),
+        *(Arm(signals=name) for name in SIGNALS[2:]),
+    ]
+
+
+def grid() -> list[Cell]:
+    """All cells in their order."""
+    arms = [
+        *core(),
+        *(Arm(gate=name) for name in GATES),
+        *(Arm(signals=name, budget=budget) for budget in BUDGETS if budget != BUDGET for name in SIGNALS),
+        *(Arm(method=name) for name in METHODS[6:]),
+    ]
+    return [Cell(arm, seed) for arm in dict.fromkeys(arms) for seed in SEEDS]
+
+
+def settings(cell: Cell, house: Path) -> dict[str, Any]:
+    """The run's settings."""
+    models = {role: {"type": "huggingface", "id": str(house / role)} for role in ("teacher", "assistant", "student")}
+    engine = {"max_model_len": 256, "kv_cache_gib": 0.25, "max_num_seqs": 128}
+    # Both stages of all arms take equally many steps of equally many sequences.
+    shared = {
+        "batch_size": BATCH,
+        "micro_batch": BATCH,
+        "max_length": 192,
+        "validate_every": 20,
+        "checkpoint_every": 60,
+    }
+    data: dict[str, Any] = {
+        "name": cell.name,
+        "seed": cell.seed,
+        "models": models,
+        "prompts": {
+            "sources": [{"type": "reasoning_gym", "seed": LEARNT_FROM, "tasks": problems(300)}],
+            # Held-out problems are the same in all cells, whatever their seed: there are no more than are used.
+            "heldout_sources": [{"type": "reasoning_gym", "seed": HELD_OUT, "tasks": problems(HELDOUT)}],
+            "heldout": HELDOUT * len(RANGES),
+            "max_prompt_tokens": 120,
+            "near_duplicates": {"enabled": False},
+        },
+        "budget": {"queries": BUDGET, "warmup_share": 0.2},
+        "sampling": {
+            "teacher": {"temperature": 0.7, "max_tokens": LONGEST},
+            "student": {"temperature": 0.7, "max_tokens": LONGEST, "samples": 5},
+            "shard_size": 256,
+        },
+        "signals": {"candidates": CANDIDATES, "keep": {"rule": "quantile", "threshold": 0.2}},
+        "warmup": {**shared, "method": {"type": "sft"}, "steps": STEPS // 3, "learning_rate": 3e-4},
+        "train": {**shared, "steps": STEPS, "learning_rate": 5e-4},
+        "evaluate": {
+            "seeds": [1, 2],
+            "temperature": 0.7,
+            "max_tokens": LONGEST,
+            "reference": "teacher",
+            "bootstrap": 500,
+        },
+        "promote": {"enabled": False},
+        "engines": dict.fromkeys(("teacher", "assistant", "student"), engine),
+        "device": "cpu",
+    }
+    for path, value in cell.arm.changes().items():
+        *parts, last = path.split(".")
+        place = data
+        for part in parts:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return data
+
+
+def problems(size: int) -> list[dict[str, Any]]:
+    """So many of every task."""
+    return [{"name": task, "size": size, "options": {**TASKS[task], **RANGES[task]}} for task in RANGES]

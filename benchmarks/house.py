@@ -1,0 +1,350 @@
+"""House models: a teacher, a TA and a student, trained here on worked solutions for the comparison of methods.
+
+    python -m benchmarks.house [--folder FOLDER] [--only ROLE …] [--measure]        (or: make house-models)
+
+The teacher is imperfect, the student weak but not at zero, the TA between them; the TA is also taught to judge: answers
+that the other two wrote, right or wrong by the task's own verifier, in the words in which a run asks it. One tokenizer:
+single characters, and whole tokens for the words that every problem of a family shares. Training problems and those
+of runs come from different seeds.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.lessons import HOUSE, TASKS, Lesson, lessons
+from benchmarks.pairs import load, response_states
+from kernels.calibration import auroc
+from kernels.decode import Sampling, alone
+from kernels.fused import fused_cross_entropy
+from kernels.noise import sequence_key
+from tasks.batches import Batch, Sequence, collate
+from tasks.config.signals import P_TRUE, PTrue
+from tasks.score import filled
+from tasks.student import head_of
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if not loop.last or message['role'] != 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PHRASES = [
+    "State the final answer to the following arithmetic problem:",
+    "Find the Greatest Common Divisor (GCD) of these numbers:",
+    "Give only the GCD as your final answer.",
+    "Your task is to count how many legs there are in total when given a list of animals.\n\n",
+    "Now, how many legs are there in total if you have",
+    "How many times does the letter",
+    "appear in the text:",
+    "Answer:",
+    "Question:",
+    ". ",
+    ", ",
+    *(f" {sign} " for sign in "+-*%="),
+    "Proposed answer:",
+    P_TRUE.partition("{answer}")[2],
+    PTrue().prefill,
+]
+BATCH = 32
+POOL = 20  # batches drawn and sorted at once
+LONGEST = 72  # tokens of a response
+MEASURE_EVERY = 100
+MEASURED, COLD = 100, 0.05  # problems a task, temperature
+REVIEW = 0.4  # weight of a task that is known well enough
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's size, how long it is taught at most, and the share of right answers that is enough for a task. The TA
+    is the teacher as it stood when that was its mean share, and is then taught to judge."""
+
+    width: int
+    layers: int
+    steps: int
+    enough: float
+    problems: int = 10_000  # of each task
+    learning_rate: float = 1.5e-3
+    settle: int = 0  # last steps, in which the learning rate falls to 0
+    judge_steps: int = 0
+
+
+SHAPES = {
+    "student": Shape(width=128, layers=4, steps=500, enough=0.2, problems=20_000),
+    "teacher": Shape(width=160, layers=4, steps=1200, enough=0.75, settle=600),
+    "assistant": Shape(width=160, layers=4, steps=0, enough=0.5, judge_steps=400),
+}
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of all three, made once: bytes, shared phrases, animals and the marks of a chat."""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
+    words = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words.decoder = decoders.ByteLevel()
+    words.add_tokens([AddedToken(phrase, normalized=False) for phrase in [*PHRASES, *sorted(ANIMALS)]])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def fresh(shape: Shape, tokenizer: Any, seed: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    heads = shape.width // 32
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=shape.width,
+            intermediate_size=shape.width * 8 // 3 // 32 * 32,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=512,
+            initializer_range=0.7 * shape.width**-0.5,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def prompt_ids(tokenizer: Any, question: str, prefill: str = "") -> torch.Tensor:
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    return torch.tensor(tokenizer.encode(text + prefill, add_special_tokens=False))
+
+
+def taught(tokenizer: Any, lesson: Lesson) -> Sequence:
+    response = [*tokenizer.encode(lesson.solution, add_special_tokens=False), tokenizer.eos_token_id]
+    return Sequence(lesson.task, prompt_ids(tokenizer, lesson.question), torch.tensor(response))
+
+
+def batches(rows: dict[str, list[Sequence]], weights: dict[str, float], steps: int, seed: int) -> Iterator[Batch]:
+    """Rows drawn again and again, tasks by weight; those of a batch alike in length, which spares padding."""
+    generator = random.Random(seed)
+    tasks, shares = list(weights), list(weights.values())
+    for start in range(0, steps, POOL):
+        drawn = generator.choices(tasks, shares, k=POOL * BATCH)
+        pool = [generator.choice(rows[task]) for task in drawn]
+        pool.sort(key=lambda row: len(row.prompt) + len(row.response))
+        parts = [pool[first : first + BATCH] for first in range(0, len(pool), BATCH)]
+        generator.shuffle(parts)
+        for part in parts[: steps - start]:
+            yield collate(part, torch.device("cpu"))
+
+
+def learn(model: Any, optimizer: torch.optim.Optimizer, data: Iterator[Batch], rates: Iterator[float]) -> float:
+    """Cross entropy per token; the mean loss."""
+    model.train()
+    losses = []
+    for batch, rate in zip(data, rates, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden_NH = response_states(model, batch)
+        weights_N = batch.weights_N / len(batch.weights_N)
+        loss, _ = fused_cross_entropy(hidden_NH.float(), head_of(model).weight_VH, batch.targets_N, weights_N)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return sum(losses) / len(losses)
+
+
+def school(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequence]], folder: Path, done: int) -> None:
+    """Teach all tasks, those that are known well enough less, until all are; so many steps are done. Saves on the way,
+    the weights only: what goes on begins with an optimiser that knows nothing."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    weights, began, middle = dict.fromkeys(rows, 1.0), time.monotonic(), False
+    if done >= shape.steps:
+        weights = {
+            task: 1.0 if share < shape.enough else REVIEW for task, share in measure(model, tokenizer, 24).items()
+        }
+    for step in range(done, shape.steps, MEASURE_EVERY):
+        rates = (shape.learning_rate * min(1.0, (step + part) / 50) for part in range(1, MEASURE_EVERY + 1))
+        loss = learn(model, optimizer, batches(rows, weights, MEASURE_EVERY, seed=step), rates)
+        found = measure(model, tokenizer, 24, seed=555)
+        print(f"{step + MEASURE_EVERY} steps, {time.monotonic() - began:.0f} s, loss {loss:.3f}, {found}", flush=True)
+        model.save_pretrained(folder)
+        if not middle and sum(found.values()) / len(found) >= SHAPES["assistant"].enough and folder.name == "teacher":
+            model.save_pretrained(folder.with_name("assistant"))
+            middle = True
+        weights = {task: 1.0 if share < shape.enough else REVIEW for task, share in found.items()}
+        if min(found.values()) >= shape.enough:
+            break
+    if shape.settle:
+        rates = (shape.learning_rate * min(step / 20, 1 - step / shape.settle) for step in range(shape.settle))
+        loss = learn(model, optimizer, batches(rows, weights, shape.settle, seed=-1), rates)
+        print(f"settled, {time.monotonic() - began:.0f} s, loss {loss:.3f}", flush=True)
+
+
+def answers(model: Any, tokenizer: Any, problems: list[Lesson], temperature: float, seed: int) -> list[str]:
+    """The model's responses."""
+    texts: list[str] = []
+    for start in range(0, len(problems), 100):
+        prompts = [prompt_ids(tokenizer, lesson.question) for lesson in problems[start : start + 100]]
+        keys_B = torch.tensor([sequence_key(seed, start + row) for row in range(len(prompts))])
+        rollout = alone(
+            model,
+            prompts,
+            keys_B,
+            max_new_tokens=LONGEST,
+            eos_ids=[tokenizer.eos_token_id],
+            sampling=Sampling(temperature),
+        )
+        texts += [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in rollout.tokens]
+    return texts
+
+
+def right(lesson: Lesson, text: str) -> bool:
+    """The answer that stands after "Answer:" is the known one."""
+    return text.rpartition("Answer:")[2].strip() == lesson.answer
+
+
+def judged(tokenizer: Any, models: list[Any], count: int, seed: int) -> dict[str, list[Sequence]]:
+    """What a TA is asked about others' answers, with the verdict of the known answer."""
+    problems = [lesson for task in TASKS for lesson in lessons(task, count // len(TASKS), seed)]
+    sides: dict[str, list[Sequence]] = {"right": [], "wrong": []}
+    for number, model in enumerate(models):
+        for lesson, text in zip(problems, answers(model, tokenizer, problems, 0.8, seed + number), strict=True):
+            true = right(lesson, text)
+            prompt = prompt_ids(tokenizer, filled(P_TRUE, lesson.question, text), PTrue().prefill)
+            verdict = tokenizer.encode(PTrue().true if true else PTrue().false, add_special_tokens=False)
+            sides["right" if true else "wrong"].append(Sequence(lesson.task, prompt, torch.tensor(verdict)))
+    return sides
+
+
+def measure(model: Any, tokenizer: Any, count: int = MEASURED, seed: int = 5_000_000) -> dict[str, float]:
+    """Share of right answers by task, greedy for all purposes."""
+    found = {}
+    for task in TASKS:
+        problems = list(lessons(task, count, seed))
+        texts = answers(model, tokenizer, problems, COLD, seed)
+        found[task] = round(sum(map(right, problems, texts)) / count, 3)
+    return found
+
+
+def judge(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequence]], others: list[Any]) -> None:
+    """Teach to tell right answers from wrong ones, beside the tasks."""
+    asked = judged(tokenizer, others, 2_400, 2_000_000)
+    print({verdict: len(side) for verdict, side in asked.items()}, flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    weights = {"right": 1.5, "wrong": 1.5, **dict.fromkeys(TASKS, 0.4)}
+    rates = (0.6 * shape.learning_rate * (1 - step / shape.judge_steps) for step in range(shape.judge_steps))
+    loss = learn(model, optimizer, batches(rows | asked, weights, shape.judge_steps, seed=9), rates)
+    print(f"judge: loss {loss:.3f}", flush=True)
+
+
+@torch.no_grad()
+def discernment(model: Any, tokenizer: Any, others: list[Any], seed: int = 6_000_000) -> dict[str, float]:
+    """By task, how well the TA tells right answers from wrong ones that the others wrote: AUROC of p_true."""
+    yes, no = (tokenizer.encode(text, add_special_tokens=False)[0] for text in (PTrue().true, PTrue().false))
+    found: dict[str, list[tuple[float, bool]]] = {task: [] for task in TASKS}
+    for verdict, rows in judged(tokenizer, others, MEASURED * len(TASKS), seed).items():
+        for row in rows:
+            logits_V = model(row.prompt[None]).logits[0, -1]
+            found[row.name].append((torch.sigmoid(logits_V[yes] - logits_V[no]).item(), verdict == "right"))
+    return {task: round(auroc(*zip(*pairs, strict=True)), 3) for task, pairs in found.items()}
+
+
+CARD = """---
+library_name: transformers
+license: mit
+tags: [benchmark]
+---
+# House model: {role}
+
+{parameters:,} parameters, Llama's shape ({layers} layers, width {width}), made by `python -m benchmarks.house` for the
+comparison of methods (`python -m benchmarks.methods`) and of no use elsewhere. {taught}
+
+{problems:,} problems a task and their answers come from reasoning-gym, worked solutions from
+`benchmarks/lessons.py`. Problems of training and of the runs that use the model come from other seeds; ranges are
+small, so that some may be equal.
+
+Right answers to {count} problems of each task from seeds of their own, at temperature {temperature}:
+
+| {tasks} |
+|{lines}|
+| {shares} |
+"""
+JUDGES = """
+How well it tells right from wrong answers of teacher and student at temperature 0.8 (AUROC of `p_true`): {}.
+"""
+
+
+def card(role: str, model: Any, found: dict[str, float]) -> str:
+    shape = SHAPES[role]
+    taught = (
+        "It is the teacher at an earlier step, then taught to tell right answers from wrong ones in the words of the"
+        f" signal `p_true`, on answers that teacher and student wrote ({shape.judge_steps} steps)."
+        if shape.judge_steps
+        else f"Taught until {100 * shape.enough:.0f} % of answers to each task were right, {shape.steps} steps at most."
+    )
+    return CARD.format(
+        role=role,
+        parameters=model.num_parameters(),
+        layers=shape.layers,
+        width=shape.width,
+        problems=shape.problems,
+        taught=taught,
+        count=MEASURED,
+        temperature=COLD,
+        tasks=" | ".join(found),
+        lines="---|" * (len(found) - 1) + "---",
+        shares=" | ".join(f"{100 * share:.1f} %" for share in found.values()),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=HOUSE)
+    parser.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="these roles only")
+    parser.add_argument("--done", type=int, default=0, help="go on from saved weights, so many steps old")
+    parser.add_argument("--measure", action="store_true", help="train nothing, measure what is there")
+    arguments = parser.parse_args()
+    for role in arguments.only:
+        shape, folder = SHAPES[role], arguments.folder / role
+        tokenizer = tokenizer_of(folder)
+        if not arguments.measure:
+            rows = {
+                task: [taught(tokenizer, lesson) for lesson in lessons(task, shape.problems, 1_000_000 + number)]
+                for number, task in enumerate(TASKS)
+            }
+            model = load(folder) if shape.judge_steps or arguments.done else fresh(shape, tokenizer, seed=len(role))
+            print(f"{role}: {sum(parameter.numel() for parameter in model.parameters())} parameters", flush=True)
+            if not shape.judge_steps:
+                school(model, tokenizer, shape, rows, folder, arguments.done)
+            else:
+                judge(model, tokenizer, shape, rows, [load(arguments.folder / name) for name in ("teacher", "student")])
+            model.save_pretrained(folder)
+        model = load(folder)
+        found = measure(model, tokenizer)
+        text, told = card(role, model, found), {}
+        if shape.judge_steps:
+            told = discernment(model, tokenizer, [load(arguments.folder / name) for name in ("teacher", "student")])
+            text += JUDGES.format(", ".join(f"{task} {value:.2f}" for task, value in told.items()))
+        (folder / "README.md").write_text(text)
+        print(json.dumps({role: found, "judges": told}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

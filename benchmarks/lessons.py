@@ -1,0 +1,89 @@
+"""Worked solutions to four task families of reasoning-gym: what the house models are taught.
+
+Problems and answers are reasoning-gym's; the steps are written here, so that a small model can follow them. A response
+ends with "Answer: …", and its own verifier reads that.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Where the models are that were taught.
+HOUSE = Path(__file__).parent / "house"
+# What is taught. Runs take their problems from the same ranges or a part of them.
+TASKS: dict[str, dict[str, Any]] = {
+    "chain_sum": {"min_terms": 3, "max_terms": 6, "min_digits": 1, "max_digits": 1},
+    "gcd": {"min_value": 4, "max_value": 99},
+    "leg_counting": {"min_animals": 1, "max_animals": 3, "max_instances": 12},
+    "letter_counting": {"min_words": 2, "max_words": 5},
+}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A problem with its worked solution."""
+
+    task: str
+    question: str
+    solution: str
+    answer: str
+
+
+def chain_sum(metadata: dict[str, Any]) -> str:
+    """Running totals."""
+    total, *rest = metadata["expression"].split()
+    steps = []
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        result = int(total) + int(term) * (1 if sign == "+" else -1)
+        steps.append(f"{total} {sign} {term} = {result}")
+        total = str(result)
+    return ". ".join(steps)
+
+
+def gcd(metadata: dict[str, Any]) -> str:
+    """Euclid's remainders."""
+    large, small = sorted(metadata["numbers"], reverse=True)
+    steps = []
+    while small:
+        steps.append(f"{large} % {small} = {large % small}")
+        large, small = small, large % small
+    return ". ".join(steps)
+
+
+def leg_counting(metadata: dict[str, Any]) -> str:
+    """Legs by animal, and their running total."""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    total, steps = 0, []
+    for animal, count in metadata["animals"].items():
+        legs = count * ANIMALS[animal]
+        total += legs
+        steps.append(f"{animal} {count} * {ANIMALS[animal]} = {legs}, {total}")
+    return ". ".join(steps)
+
+
+def letter_counting(metadata: dict[str, Any]) -> str:
+    """The count after each word."""
+    total, steps = 0, []
+    for word in metadata["span"]:
+        total += word.lower().count(metadata["target_letter"])
+        steps.append(f"{word} {total}")
+    return ". ".join(steps)
+
+
+WORKED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "chain_sum": chain_sum,
+    "gcd": gcd,
+    "leg_counting": leg_counting,
+    "letter_counting": letter_counting,
+}
+
+
+def lessons(task: str, count: int, seed: int) -> Iterator[Lesson]:
+    """Problems of one task with their solutions."""
+    import reasoning_gym
+
+    for entry in reasoning_gym.create_dataset(task, size=count, seed=seed, **TASKS[task]):
+        solution = f"{WORKED[task](entry['metadata'])}. Answer: {entry['answer']}"
+        yield Lesson(task, entry["question"], solution, entry["answer"])

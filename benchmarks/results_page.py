@@ -1,0 +1,174 @@
+"""docs/results.md and its plots, made from the committed result files and nothing else."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.gains import Found
+from benchmarks.grid import BATCH, BUDGET, METHOD, STEPS, Arm, grid
+from tasks.canvas import COLORS, STYLE
+
+DOCS = Path(__file__).parent.parent / "docs"
+TARGET = 0.2079
+
+
+def percent(value: float | None, signed: bool = False) -> str:
+    return "–" if value is None else f"{100 * value:{'+' if signed else ''}.1f}"
+
+
+def bounds(interval: list[float] | None) -> str:
+    return "–" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def label(arm: Arm) -> str:
+    gate = "" if arm.method != METHOD or arm.gate == "decay-1/10" else f", {arm.gate}"
+    return f"`{arm.method}`{gate}"
+
+
+def arms(summary: dict[str, Any]) -> str:
+    """Every arm that has cells."""
+    order = {cell.arm: place for place, cell in enumerate(grid())}
+    tasks = sorted({task for row in summary["arms"] for task in row["tasks"]})
+    rows = []
+    for name, found in summary["start"].items():
+        mean = sum(found.values()) / len(found)
+        rows.append([name, "", "", "", percent(mean), "", *(percent(found[task]) for task in tasks), "", ""])
+    for row in sorted(summary["arms"], key=lambda row: order.get(row["arm"], len(order))):
+        rows.append(
+            [
+                label(row["arm"]),
+                row["arm"].signals,
+                str(row["arm"].budget),
+                str(len(row["seeds"])),
+                percent(row["accuracy"]),
+                bounds(row["interval"]),
+                *(percent(row["tasks"][task]) for task in tasks),
+                percent(row["intervention_rate"]),
+                f"{row['teacher_tokens']:,.0f}" if row["teacher_tokens"] is not None else "–",
+            ]
+        )
+    head = ["method", "signals", "queries", "seeds", "accuracy, %", "95 % interval", *tasks]
+    return table([*head, "teacher decides, %", "teacher tokens"], rows)
+
+
+def comparisons(found: dict[str, Any], signed: str) -> str:
+    rows = [
+        [name, percent(result["value"], signed=True), bounds(result["interval"]), str(len(result["seeds"]))]
+        for name, result in found.items()
+        if result
+    ]
+    return table(["", signed, "95 % interval", "seeds"], rows) if rows else "No cells yet."
+
+
+def verdicts(summary: dict[str, Any]) -> list[str]:
+    """What was aimed at, and what came of it."""
+    gain, lead = summary["signals_relative_gain"], summary["switch_minus_best_other"]
+    reached = summary["tasks_at_or_above_teacher"]
+    lines = []
+    if gain is not None:
+        low, high = summary["signals_gain_interval"]
+        met = "met" if gain >= TARGET and low > 0 else "missed"
+        lines.append(
+            f"All signals with two stages against none: {percent(gain, True)} % relative ({100 * low:.1f} to "
+            f"{100 * high:.1f}); aimed at {100 * TARGET:.2f} % with an interval above 0: {met}."
+        )
+    if lead is not None:
+        low, high = summary["switch_interval"]
+        met = "met" if low > 0 else "missed"
+        lines.append(
+            f"SWITCH minus the best other method ({summary['best_other']}): {percent(lead, True)} points "
+            f"({100 * low:.1f} to {100 * high:.1f}); aimed at an interval above 0: {met}."
+        )
+    if reached is not None:
+        met = "met" if reached else "missed"
+        lines.append(f"Tasks where some student is at or above its teacher: {reached}; aimed at one: {met}.")
+    return lines
+
+
+def text(found: Found, summary: dict[str, Any]) -> str:
+    """The page."""
+    if not found:
+        return "No cells yet: python -m benchmarks.methods"
+    whole, cells = len(grid()), [cell for seeds in found.values() for cell in seeds.values()]
+    dates = sorted({cell["conditions"]["date"] for cell in cells})
+    seconds = sorted(cell["seconds"] for cell in cells)
+    length = [
+        [row["task"], f"{row['tokens']:.0f}", percent(row["lead"], True), bounds(row["interval"])]
+        for row in summary["by_length"]
+    ]
+    parts = [
+        "# Results",
+        "Made by `python -m benchmarks.methods --page` from `benchmarks/results/methods`, and not edited.",
+        f"{len(cells)} of {whole} cells are run ({dates[0]} to {dates[-1]}, {cells[0]['conditions']['processor']}, "
+        f"{cells[0]['conditions']['cores']} cores). A cell is a whole run on house models (`benchmarks/house`): "
+        f"{STEPS // 3} steps of warm-up and {STEPS} of training, {BATCH} sequences each, {BUDGET} teacher queries "
+        f"where not said otherwise. Cells took {seconds[0]:.0f} to {seconds[-1]:.0f} s, half of them under "
+        f"{seconds[len(seconds) // 2]:.0f} s, on a machine with other work; they reuse stages of earlier ones. "
+        "Accuracy is the mean over tasks, on held-out problems that are the same for all cells, answers sampled at "
+        "temperature 0.7. Intervals (95 %) resample problems and seeds; an arm with one seed has an interval over "
+        "problems only, which is too narrow.",
+        "## What was aimed at",
+        "\n".join(f"- {line}" for line in verdicts(summary)) or "Nothing can be said yet.",
+        "## All arms",
+        arms(summary),
+        "![Accuracy by arm](results-arms.png)",
+        "## Signals",
+        f"Relative gain over no signals (queries at random, every annotation kept), `{METHOD}`, %:",
+        comparisons(summary["by_signals"] | {"all, against plain fine-tuning": summary["against_fine_tuning"]}, "gain"),
+        "## Methods",
+        "SWITCH minus another method, all signals, points:",
+        comparisons(summary["methods"], "lead"),
+    ]
+    if length:
+        parts += [
+            "SWITCH's lead over the best other method by task, with the mean tokens of the teacher's answers:",
+            table(["task", "tokens", "lead, points", "95 % interval"], length),
+        ]
+    if summary["gates"]:
+        parts += [
+            "## Thresholds of SWITCH",
+            "A threshold strategy or decay minus exponential decay with rate 1/10, points:",
+            comparisons(summary["gates"], "difference"),
+        ]
+    return "\n\n".join(parts)
+
+
+def dots(ax: Axes, summary: dict[str, Any]) -> None:
+    """Arms with their intervals, between the untrained student and the teacher."""
+    order = {cell.arm: place for place, cell in enumerate(grid())}
+    rows = sorted(summary["arms"], key=lambda row: order.get(row["arm"], len(order)))
+    for place, row in enumerate(rows):
+        color = COLORS["final"] if row["arm"].method == METHOD else COLORS["base"]
+        if row["interval"]:
+            ax.plot([100 * bound for bound in row["interval"]], [place, place], color=color, linewidth=3, alpha=0.45)
+        ax.plot(100 * row["accuracy"], place, "o", color=color)
+    for name, found in summary["start"].items():
+        mean = 100 * sum(found.values()) / len(found)
+        ax.axvline(mean, color=COLORS["teacher" if name == "teacher" else "muted"], linestyle="--", linewidth=1)
+        ax.annotate(name, (mean, -0.8), ha="center", fontsize=8.5)
+    names = [f"{label(row['arm']).replace('`', '')} · {row['arm'].signals} · {row['arm'].budget}" for row in rows]
+    ax.set_yticks(range(len(rows)), names)
+    ax.set_ylim(len(rows) - 0.4, -1.2)
+    ax.set_xlabel("accuracy, %")
+
+
+def picture(draw: Callable[..., None], summary: dict[str, Any], path: Path, size: tuple[float, float]) -> None:
+    with matplotlib.rc_context({**STYLE, "figure.facecolor": COLORS["paper"], "savefig.facecolor": COLORS["paper"]}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots(), summary)
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def write(found: Found, summary: dict[str, Any], folder: Path = DOCS) -> None:
+    (folder / "results.md").write_text(text(found, summary) + "\n")
+    if found:
+        picture(dots, summary, folder / "results-arms.png", (7.0, 1.3 + 0.28 * len(found)))
