@@ -6,8 +6,8 @@ SmolLM2's distributions at the response positions of Dolly and GSM8K, text it wa
 sequence; D of a student from the decoded rows against D from the full distributions. Two students: SmolLM2's sixteen
 layers after a short distillation on such text (far), and SmolLM2 tuned on other text (near). Errors are relative to the
 mean loss, biases in nats; gradients with respect to the student's logits are compared by relative length of the
-difference, of single positions and of their sum. The headline is the far student and KL(p ‖ q) for top mode; for sampled
-mode its larger bias over both divergences.
+difference, of single positions and of their sum. The headline is the far student and KL(p ‖ q) for top mode; for
+sampled mode its larger bias over both divergences.
 """
 
 import gzip
