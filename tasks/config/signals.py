@@ -169,7 +169,10 @@ class Signals(Config):
     @model_validator(mode="before")
     @classmethod
     def _ablated(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        changes = ABLATIONS.get(data.get("use", "all"), {})
-        return {**data, **{part: {**dict(data.get(part) or {}), **fields} for part, fields in changes.items()}}
+        use = data.get("use") if isinstance(data, dict) else None
+        for part, fields in (ABLATIONS.get(use, {}) if isinstance(use, str) else {}).items():
+            given = data.get(part) or {}
+            # Anything else is left for its own check to refuse.
+            if isinstance(given, dict | Config):
+                data = {**data, part: {**dict(given), **fields}}
+        return data
