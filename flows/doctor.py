@@ -124,8 +124,9 @@ def guarded(what: str, url: str, path: str, headers: dict[str, str], key: str) -
     if own.status_code in (401, 403):
         refused = f"this {key}" if headers else f"requests without {key}"
         return f"{what}: {url} refuses {refused}: export {key} as it has it"
-    if own.status_code != 200:
-        return f"{what}: {url} answers {own.status_code} for {path}: correct the address"
+    # Prefect's server shows its pages under any other address.
+    if own.status_code != 200 or "json" not in own.headers.get("Content-Type", ""):
+        return f"{what}: {url} has no {path} ({own.status_code}): correct the address"
     if stranger.status_code == 200 and urlparse(url).hostname not in LOOPBACK:
         return f"{what}: {url} answers whoever asks: let it demand {key}"
     return own
