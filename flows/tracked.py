@@ -73,7 +73,7 @@ class WandbRun:
         import wandb
 
         entity, _, project = project.rpartition("/")
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
         place = os.environ.get("WANDB_DIR") or (str(home()) if "://" in root else root)
         # Only what this module hands on: no terminal, code, repository, machine or command line.
         quiet = wandb.Settings(

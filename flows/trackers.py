@@ -124,8 +124,12 @@ class Following:
     def _hand_on(self) -> None:
         """The thread: every message to every tracker that still works."""
         trackers: dict[str, Tracker] = {}
-        for name, opened in self._openers.items():
-            self._guarded(trackers, name, lambda name=name, opened=opened: trackers.update({name: opened()}))
+
+        def enter(name: str) -> None:
+            trackers[name] = self._openers[name]()
+
+        for name in self._openers:
+            self._guarded(trackers, name, partial(enter, name))
         while (message := self._queue.get()) is not None:
             for name, tracker in list(trackers.items()):
                 self._guarded(trackers, name, partial(message, tracker))

@@ -172,9 +172,8 @@ def test_a_run_is_started_from_the_form_cancelled_and_started_again(
 
 def test_the_schedule_is_seen(operator: Operator, up: Up) -> None:
     page = operator.page
-    page.goto(f"{up.ui}/deployments")
-    page.get_by_role("link", name="distill-recurring", exact=True).first.click()
-    page.get_by_text("03:00 AM").first.wait_for()
+    page.goto(f"{up.ui}/deployments/deployment/{up.deployment('distill-recurring')['id']}")
+    page.get_by_text("weekly", exact=True).locator("visible=true").first.wait_for()
     operator.shoot("schedule")
 
 
