@@ -263,8 +263,11 @@ def answer_of(reply: Any) -> tuple[str, str | None, Any]:
     if not isinstance(text, str) or not isinstance(ended, str | None):
         raise TypeError("a reply's text is text")
     # Half characters cannot be stored.
-    text, ended = (said and said.encode("utf-8", "replace").decode() for said in (text, ended))
-    return text, ended, reply.get("usage")
+    return whole(text), ended and whole(ended), reply.get("usage")
+
+
+def whole(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def tokens(usage: Any, name: str, most: int) -> int:

@@ -7,7 +7,7 @@ of which one is silently dropped, numbers without end, text that no file can sto
 import math
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -19,7 +19,7 @@ MOST_VALUES = 100_000
 class Loader(yaml.SafeLoader):
     """Refuses a key that is given twice. Dates stay text."""
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as its base has it)
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
