@@ -2,7 +2,7 @@
 
 A cell is a whole run. All have the same settings but for a seed, a budget, and one setting that names the arm, so that
 arms of one seed and budget share prompts, warm-up and teacher. The order makes a part of the grid worth reading: first
-what the targets ask about, every arm with all its seeds before the next.
+all signals and none, seed by seed, then every arm with all its seeds before the next.
 """
 
 from dataclasses import dataclass
@@ -112,7 +112,8 @@ def grid() -> list[Cell]:
         *(Arm(signals=name, budget=budget) for budget in BUDGETS if budget != BUDGET for name in SIGNALS),
         *(Arm(method=name) for name in METHODS[6:]),
     ]
-    return [Cell(arm, seed) for arm in dict.fromkeys(arms) for seed in SEEDS]
+    first, rest = arms[:2], list(dict.fromkeys(arms[2:]))
+    return [Cell(arm, seed) for seed in SEEDS for arm in first] + [Cell(arm, seed) for arm in rest for seed in SEEDS]
 
 
 def settings(cell: Cell, house: Path) -> dict[str, Any]:

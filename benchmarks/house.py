@@ -268,7 +268,6 @@ def discernment(model: Any, tokenizer: Any, others: list[Any], seed: int = 6_000
 
 CARD = """---
 library_name: transformers
-license: mit
 tags: [benchmark]
 ---
 # House model: {role}

@@ -30,10 +30,11 @@ def test_every_cell_is_a_valid_run_of_its_own() -> None:
         RunConfig.model_validate(settings(cell, HOUSE))
 
 
-def test_the_core_comes_first_with_all_seeds_of_an_arm_together() -> None:
+def test_the_core_comes_first_and_begins_with_pairs() -> None:
     first = grid()[: len(core()) * len(SEEDS)]
     assert {cell.arm for cell in first} == set(core())
-    assert [cell.seed for cell in first[:3]] == list(SEEDS)
+    assert [(cell.arm.signals, cell.seed) for cell in first[:3]] == [("all", 1), ("none", 1), ("all", 2)]
+    assert [cell.seed for cell in first[6:9]] == list(SEEDS)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_without_cells_everything_is_unknown(tmp_path: Path) -> None:
 
 def test_cells_with_a_result_are_not_run_again(tmp_path: Path) -> None:
     write(tmp_path, Arm(), 2, 0.5)
-    assert todo(grid()[:3], tmp_path) == [Cell(Arm(), 1), Cell(Arm(), 3)]
+    assert todo([Cell(Arm(), seed) for seed in SEEDS], tmp_path) == [Cell(Arm(), 1), Cell(Arm(), 3)]
 
 
 def test_the_page_and_its_plot_are_written(tmp_path: Path) -> None:
