@@ -216,11 +216,12 @@ class Round:
         )
         try:
             async with self.turns:
-                text, ended, usage = await tries(self._try, client, body)
+                answer: tuple[str, str | None, Any] = await tries(self._try, client, body)
         except Fault as fault:
             # The last try that may be billed is the request's own, and those before it were spare ones.
             took = (most, self.max_tokens) if billed else (0, 0)
             return Reply(None, None, *took, max(0, billed - 1), str(fault), fault.again or fault.fatal)
+        text, ended, usage = answer
         took = (tokens(usage, "prompt_tokens", most), tokens(usage, "completion_tokens", self.max_tokens))
         return Reply(text, ended, *took, billed, None, False)
 
