@@ -14,7 +14,6 @@ PLANTED = {
     "AWS_SESSION_TOKEN": "planted-session-token-1111111111",
     "HF_TOKEN": "hf_planted22222222222222222222222222",
     "OPENAI_API_KEY": "sk-planted-3333333333333333333333",
-    "PREFECT_SERVER_API_AUTH_STRING": "admin:planted-password-4444444444",
     "PREFECT_API_AUTH_STRING": "admin:planted-password-4444444444",
 }
 RAY = "RAY_AUTH_TOKEN"
