@@ -90,8 +90,8 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
         )
     if reached is not None:
         lines.append(
-            f"Tasks where some arm's mean is at or above its teacher's: {reached}; aimed at one. These are means without a "
-            "test: on a task whose teacher is little better than the untrained student it is chance."
+            f"Tasks where some arm's mean is at or above its teacher's: {reached}; aimed at one. These means are without "
+            "a test: on a task whose teacher is little better than the untrained student it is chance."
         )
     return lines
 
