@@ -90,7 +90,7 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
         )
     if reached is not None:
         lines.append(
-            f"Tasks where some arm's mean is at or above its teacher's: {reached}; aimed at one. These means are without "
+            f"Tasks where some arm's mean is at or above its teacher's: {reached}; aimed at one. Means without "
             "a test: on a task whose teacher is little better than the untrained student it is chance."
         )
     return lines
