@@ -18,6 +18,15 @@ from tasks.stage import MARK
 LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARNING": logging.WARNING, "ERROR": logging.ERROR}
 
 
+def told(line: str) -> dict[str, Any] | None:
+    """What a stage says in a marked line; None where the line is cut off, and a line like any other."""
+    try:
+        event = json.loads(line[len(MARK) :])
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "kind" in event else None
+
+
 class StageWatch:
     """What a running stage says: progress to display, artifact and trackers, its error, its log to Prefect."""
 
@@ -33,8 +42,7 @@ class StageWatch:
 
     def take(self, lines: Any) -> None:
         for line in lines:
-            if line.startswith(MARK):
-                event = json.loads(line[len(MARK) :])
+            if line.startswith(MARK) and (event := told(line)):
                 if event["kind"] == "error":
                     self.error = event["message"]
                 elif event["kind"] == "damaged":
