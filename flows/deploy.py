@@ -17,8 +17,9 @@ from prefect.schedules import Schedule
 from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 
+from flows.gpus import gpus_here
 from flows.local import POOL
-from flows.slots import gpus_here, make_slots
+from flows.slots import make_slots
 
 FILE = Path(__file__).parent.parent / "prefect.yaml"
 

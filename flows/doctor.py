@@ -19,12 +19,11 @@ from urllib.parse import urlparse
 import httpx
 
 from flows.estimate import GIB, estimate
+from flows.gpus import gpus_at_once, gpus_here, gpus_taken
 from flows.preflight import Checks, preflight, problem, readable
 from flows.story import on_gpu
 from infra.store import open_store
 from tasks.config import RunConfig
-from tasks.config.models import OpenAIModel
-from tasks.models import ROLES
 
 SECONDS = 10.0
 # Ray's objects and the messages between a training step's processes lie there; containers get 64 MiB unless told.
@@ -41,7 +40,7 @@ def examine(config: RunConfig, root: str) -> Checks:
     else:
         checks |= {"compiler": compiler(), "shared memory": shared_memory(Path("/dev/shm"))}
         if on_gpu(config):
-            checks["GPUs"] = gpus(config, visible_gpus())
+            checks["GPUs"] = gpus(config, gpus_here())
     found = readable(config, root)
     if not found["store can be written"]:
         found["store keeps what stands"] = problem("--root", partial(conditional, root))
@@ -69,32 +68,12 @@ def shared_memory(place: Path) -> list[str]:
     ]
 
 
-def visible_gpus() -> int:
-    """GPUs of this machine that this process may use."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return len([name for name in chosen.split(",") if name.strip() and name.strip() != "-1"])
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
-def gpus_needed(config: RunConfig) -> tuple[int, int]:
-    """GPUs that engines take, and training workers. Roles with the same model and settings share their engines."""
-    engines = {
-        repr((source, engine)): engine.replicas * engine.tensor_parallel
-        for source, engine in ((getattr(config.models, role), getattr(config.engines, role)) for role in ROLES)
-        if not isinstance(source, OpenAIModel)
-    }
-    return sum(engines.values()), config.resources.train_workers * config.resources.gpus_per_worker
-
-
 def gpus(config: RunConfig, there: int) -> list[str]:
     """Enough GPUs, a build of torch for them, and a driver for that."""
     if not there:
         return ["device: gpu, and this machine has no GPU: set device: cpu, or resources.ray_address"]
-    serving, training = gpus_needed(config)
-    release = config.resources.release_engines
-    needed = max(serving, training) if release else serving + training
-    found = []
+    serving, training = gpus_taken(config)
+    release, needed, found = config.resources.release_engines, gpus_at_once(config), []
     if needed > there:
         found.append(
             f"resources: engines take {serving} GPUs, training {training}, this machine has {there}: "

@@ -22,9 +22,10 @@ from flows.artifacts import publish, summarise
 from flows.cycle import NothingToDo
 from flows.display import display
 from flows.ends import StageCancelled, StageDamaged, StageFailed, StageRefused
+from flows.gpus import gpus_at_once
 from flows.notify import announce
 from flows.record import RunRecord, StageRecord, load_record, outcome, rival_of, run_id
-from flows.slots import AT_WORK, gpus_of, held
+from flows.slots import AT_WORK, held
 from flows.story import Pipeline
 from flows.trackers import Following
 from flows.watch import StageWatch, check_cancelled
@@ -181,7 +182,7 @@ class Runner(Pipeline):
 
     def _hold_slots(self, spec: StageSpec) -> None:
         """Before the run's first stage on GPUs: wait for them, and hold them to the run's end."""
-        name, count = self.config.resources.gpu_slots, gpus_of(self.config)
+        name, count = self.config.resources.gpu_slots, gpus_at_once(self.config)
         if name and count and self.slots is None and spec.module in AT_WORK:
             self.slots = ExitStack()
             self.slots.enter_context(held(name, count))

@@ -11,7 +11,6 @@ The limit is made with the deployments (``prefect.yaml``); ``prefect gcl update 
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from pathlib import Path
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -23,11 +22,7 @@ from prefect.logging import get_run_logger
 
 from flows.display import display
 from flows.ends import StageRefused
-from flows.story import on_gpu
 from flows.watch import check_cancelled
-from tasks.config import RunConfig
-from tasks.config.models import OpenAIModel
-from tasks.models import ROLES
 
 POLL_SECONDS = 2.0
 # Modules of stages that ask engines or train.
@@ -42,26 +37,6 @@ def make_slots(name: str, limit: int) -> None:
         except ObjectNotFound:
             with suppress(ObjectAlreadyExists):
                 client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
-
-
-def gpus_here() -> int:
-    """GPUs of this machine."""
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
-def gpus_of(config: RunConfig) -> int:
-    """GPUs that a run has at work at once; 0 on CPU."""
-    if not on_gpu(config):
-        return 0
-    # Roles with the same model and settings share their engines.
-    engines = {
-        repr((source, engine)): engine.replicas * engine.tensor_parallel
-        for source, engine in ((getattr(config.models, role), getattr(config.engines, role)) for role in ROLES)
-        if not isinstance(source, OpenAIModel)
-    }
-    serving = sum(engines.values())
-    training = config.resources.train_workers * config.resources.gpus_per_worker
-    return max(serving, training) if config.resources.release_engines else serving + training
 
 
 @contextmanager

@@ -17,8 +17,8 @@ import pytest
 import tiny
 from machine import ROOT, Up
 
+from flows.gpus import gpus_here
 from flows.server import environment
-from flows.slots import gpus_here
 from infra.lease import lease_path
 from infra.store import LocalStore
 from tasks.config.preset import Preset

@@ -99,17 +99,17 @@ def config_of(tmp_path: Path, **changes: Any) -> RunConfig:
 
 
 def test_gpus_that_a_run_has_at_work(tmp_path: Path) -> None:
-    from flows.slots import gpus_of
+    from flows.gpus import gpus_at_once
 
     # Teacher and TA are one model; the student has an engine of its own.
-    assert gpus_of(config_of(tmp_path)) == 2
-    assert gpus_of(config_of(tmp_path, device="cpu")) == 0
+    assert gpus_at_once(config_of(tmp_path)) == 2
+    assert gpus_at_once(config_of(tmp_path, device="cpu")) == 0
     training = {"train_workers": 4, "gpus_per_worker": 1}
-    assert gpus_of(config_of(tmp_path, resources=training)) == 6
-    assert gpus_of(config_of(tmp_path, resources={**training, "release_engines": True})) == 4
+    assert gpus_at_once(config_of(tmp_path, resources=training)) == 6
+    assert gpus_at_once(config_of(tmp_path, resources={**training, "release_engines": True})) == 4
     engine = {"max_model_len": 256, "replicas": 2, "tensor_parallel": 4}
     wide = config_of(tmp_path, engines={"teacher": engine, "assistant": engine})
-    assert gpus_of(wide) == 9
+    assert gpus_at_once(wide) == 9
 
 
 def test_a_run_takes_its_slots_once_and_gives_them_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

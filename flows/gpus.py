@@ -1,0 +1,36 @@
+"""GPUs: how many this machine has, and how many a run takes."""
+
+import os
+from pathlib import Path
+
+from flows.story import on_gpu
+from tasks.config import RunConfig
+from tasks.config.models import OpenAIModel
+from tasks.models import ROLES
+
+
+def gpus_here() -> int:
+    """GPUs of this machine that this process may use."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([name for name in chosen.split(",") if name.strip() and name.strip() != "-1"])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def gpus_taken(config: RunConfig) -> tuple[int, int]:
+    """GPUs that engines take, and training workers; none on CPU. Roles with the same model and settings share their
+    engines."""
+    if not on_gpu(config):
+        return 0, 0
+    engines = {
+        repr((source, engine)): engine.replicas * engine.tensor_parallel
+        for source, engine in ((getattr(config.models, role), getattr(config.engines, role)) for role in ROLES)
+        if not isinstance(source, OpenAIModel)
+    }
+    return sum(engines.values()), config.resources.train_workers * config.resources.gpus_per_worker
+
+
+def gpus_at_once(config: RunConfig) -> int:
+    """GPUs that a run has at work at once."""
+    serving, training = gpus_taken(config)
+    return max(serving, training) if config.resources.release_engines else serving + training
