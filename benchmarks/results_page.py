@@ -156,7 +156,9 @@ def dots(ax: Axes, summary: dict[str, Any]) -> None:
     for name, found in summary["start"].items():
         mean = 100 * sum(found.values()) / len(found)
         ax.axvline(mean, color=COLORS["teacher" if name == "teacher" else "muted"], linestyle="--", linewidth=1)
-        ax.annotate(name, (mean, -0.8), ha="center", fontsize=8.5)
+        ax.annotate(
+            name, (mean, -0.8), ha="center", fontsize=8.5, bbox={"facecolor": "white", "linewidth": 0, "pad": 2}
+        )
     names = [f"{label(row['arm']).replace('`', '')} · {row['arm'].signals} · {row['arm'].budget}" for row in rows]
     ax.set_yticks(range(len(rows)), names)
     ax.set_ylim(len(rows) - 0.4, -1.2)
