@@ -37,9 +37,8 @@ class RunRecord(BaseModel):
     redo: dict[str, int] = Field(default_factory=dict)
     stages: list[StageRecord] = Field(default_factory=list)
     promoted: Promotion | None = None  # as it stood when the run began: what a new student has to beat
-    touched: dict[str, StorePath] = Field(
-        default_factory=dict
-    )  # latest manifest of every stage, by name, over all attempts
+    # Latest manifest of every stage, by name, over all attempts.
+    touched: dict[str, StorePath] = Field(default_factory=dict)
     started: datetime = Field(default_factory=lambda: datetime.now(UTC))
     finished: datetime | None = None
     seconds: float = 0.0

@@ -85,7 +85,8 @@ class Following:
             self._thread.start()
 
     def started(self, stage: str) -> None:
-        self._queue.put(lambda tracker: tracker.started(stage))
+        if self._thread:
+            self._queue.put(lambda tracker: tracker.started(stage))
 
     def progress(self, stage: str, event: dict[str, Any]) -> None:
         if self._thread:
