@@ -30,6 +30,8 @@ IN_FLIGHT = 2
 SHARD_TRIES = 2
 # Fewer requests are not worth a call of their own.
 LEAST = 16
+# A replica counts as slow below this share of the usual speed; it gets shares of a shard, of this size at least.
+SLOW, SLOWEST = 0.75, 0.25
 # How often replicas are looked after while their results are waited for.
 WATCH_SECONDS = 5.0
 # Between two questions whether a replica is there again.
@@ -98,6 +100,7 @@ class Replica:
     actor: Any
     sent: list[Any] = field(default_factory=list)
     since: float = 0.0  # when it last ended a call, or was given its first
+    pace: float = 0.0  # requests a second, of its last call
     up: bool = False
     condemned: bool = False  # it raised: it is ended once nothing runs on it
     life: str = ""
@@ -116,8 +119,7 @@ class Dispatch:
         self.ahead: deque[Piece] = deque()  # taken from the source, or back from a replica
         self.lost: deque[Piece] = deque()
         self.over = False  # the source has no more
-        self.taken_back: set[Any] = set()
-        self.ending = False
+        self.pace = 0.0  # requests a second of a replica, usually
         self.shares = repeats is None and len(self.replicas) > 1
 
     def results(self) -> Iterator[tuple[Any, Any]]:
@@ -134,22 +136,22 @@ class Dispatch:
 
     def _send(self) -> None:
         """Give calls to whoever is free, to those without work first."""
-        most = 1 if self.ending else IN_FLIGHT
-        while free := [replica for replica in self.replicas if replica.up and len(replica.sent) < most]:
-            piece = self._piece(len(free))
-            if piece is None:
+        while True:
+            if self.shares:
+                self._look_ahead()
+            most = 1 if self.shares and self.over else IN_FLIGHT
+            free = [replica for replica in self.replicas if replica.up and len(replica.sent) < most]
+            replica = min(free, key=lambda replica: len(replica.sent), default=None)
+            if replica is None or (piece := self._piece(replica)) is None:
                 break
-            replica = min(free, key=lambda replica: len(replica.sent))
             if not replica.sent:
                 replica.since = time.monotonic()
             reference = piece.call.on(replica.actor)
             replica.sent.append(reference)
             self.running[reference] = piece, replica
-        if self.shares and self.over and not (self.ahead or self.lost):
-            self._take_back()
 
-    def _piece(self, free: int) -> Piece | None:
-        """What is sent next; None where nothing may be."""
+    def _piece(self, replica: Replica) -> Piece | None:
+        """What this replica is sent next; None where nothing may be."""
         if self.lost:
             piece = self.lost[0]
             if self.repeats:
@@ -158,19 +160,25 @@ class Dispatch:
                     return None
                 piece.job.call = call
             return self.lost.popleft()
-        self._look_ahead()
+        if not self.shares:
+            self._look_ahead()
         if not self.ahead:
             return None
         piece = self.ahead.popleft()
-        if self.shares and self.over:
-            # Half of an equal share of what is left: who is slow takes few of the last pieces, and small ones.
-            hands = free if self.ending else len(self.replicas)
-            left = piece.size + sum(other.size for other in self.ahead)
-            middle = piece.start + max(LEAST, ceil(left / (2 * hands)))
-            if piece.end - middle >= LEAST:
-                self.ahead.appendleft(Piece(piece.job, middle, piece.end, piece.tries))
-                piece.end = middle
+        if self.shares and piece.size - (share := self._share(piece, replica)) >= LEAST:
+            self.ahead.appendleft(Piece(piece.job, piece.start + share, piece.end, piece.tries))
+            piece.end = piece.start + share
         return piece
+
+    def _share(self, piece: Piece, replica: Replica) -> int:
+        """How many requests of a piece a replica is given: all, fewer where it is slow, so that it ends with the
+        others; and at the end half of an equal share of what is left, so that the last pieces are small."""
+        speed = replica.pace / self.pace if replica.pace else 1.0
+        share = piece.size * max(SLOWEST, speed) if speed < SLOW else piece.size
+        if self.over:
+            left = piece.size + sum(other.size for other in self.ahead)
+            share = min(share, left / (2 * len(self.replicas)) * min(1.0, speed))
+        return max(LEAST, ceil(share))
 
     def _look_ahead(self) -> None:
         """Take calls from the source: as many as there are replicas, to see its end in time; one where it is sent at
@@ -181,20 +189,18 @@ class Dispatch:
                 return
             if following is END:
                 self.over = True
+                if self.shares:
+                    self._take_back()
             else:
                 key, call = following
                 self.ahead.append(Piece(Job(key, call, size(call)), 0, size(call)))
 
     def _take_back(self) -> None:
-        """For each replica without work take back what only waits at another, the one that last began something. A
-        call that begins at this moment is made twice."""
-        idle = sum(replica.up and not replica.sent for replica in self.replicas) - len(self.taken_back)
-        waiting = [replica for replica in self.replicas if replica.up and len(replica.sent) > 1]
-        for replica in sorted(waiting, key=lambda replica: -replica.since):
-            if idle > 0 and replica.sent[-1] not in self.taken_back:
-                idle, self.ending = idle - 1, True
-                self.taken_back.add(replica.sent[-1])
-                ray.cancel(replica.sent[-1])
+        """At the end nothing is to wait at a replica that another could begin. What begins at this moment is done
+        twice."""
+        for replica in self.replicas:
+            for reference in replica.sent[1:]:
+                ray.cancel(reference)
 
     def _next(self) -> Any:
         """The reference of a call that ended, or of a replica's answer that it is there. A replica that ends no call
@@ -227,8 +233,8 @@ class Dispatch:
         if reference not in self.running:
             self._came(next(replica for replica in self.replicas if replica.coming == reference))
             return
-        _, replica = self.running[reference]
-        replica.since = time.monotonic()
+        piece, replica = self.running[reference]
+        seconds, replica.since = time.monotonic() - replica.since, time.monotonic()
         try:
             result = ray.get(reference)
         except TaskCancelledError:
@@ -241,6 +247,9 @@ class Dispatch:
             replica.up = replica.condemned = False
             yield from self._died(replica, error)
         else:
+            if not self.over and seconds:
+                replica.pace = piece.size / seconds
+                self.pace += (replica.pace - self.pace) / min(len(self.replicas), 16) if self.pace else replica.pace
             yield from self._done(self._taken(reference), result)
         if replica.condemned and not replica.sent:
             replica.condemned, replica.over = False, replica.life
@@ -251,7 +260,6 @@ class Dispatch:
         """The piece of a call that is over."""
         piece, replica = self.running.pop(reference)
         replica.sent.remove(reference)
-        self.taken_back.discard(reference)
         return piece
 
     def _done(self, piece: Piece, result: Any) -> Iterator[tuple[Any, Any]]:
