@@ -11,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 
 SOURCE = "https://www.morphllm.com/vllm-benchmarks (vLLM, Llama 3.1 8B, bfloat16, one H100: about 12,500 tokens/s)"
 TOKENS_PER_SECOND = 12_500
@@ -78,6 +77,8 @@ class TimedRoom:
     """The actor that owns timed engines, one a node."""
 
     def __init__(self, nodes: int, speeds: dict[int, float], speed: float, tokens: int) -> None:
+        import ray
+
         from infra.engine import ANSWERS
 
         self.names = [f"timed-{number}" for number in range(nodes)]
@@ -93,4 +94,6 @@ class TimedRoom:
 
     def opened(self) -> None:
         """Returns when all engines are up."""
+        import ray
+
         ray.get([engine.ready.remote() for engine in self.engines])
