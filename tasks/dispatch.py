@@ -199,8 +199,9 @@ class Dispatch:
         """At the end nothing is to wait at a replica that another could begin. What begins at this moment is done
         twice."""
         for replica in self.replicas:
-            for reference in replica.sent[1:]:
-                ray.cancel(reference)
+            # Where the first is over, though nobody has looked yet, the second has begun.
+            if len(replica.sent) > 1 and not ray.wait(replica.sent[:1], timeout=0)[0]:
+                ray.cancel(replica.sent[1])
 
     def _next(self) -> Any:
         """The reference of a call that ended, or of a replica's answer that it is there. A replica that ends no call

