@@ -159,9 +159,9 @@ def all_of(root: Path, cases: dict[str, Case]) -> dict[str, Any]:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 4, 16, 32, 64])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--shard-seconds", type=float, default=60.0, help="seconds of a shard on the most nodes")
-    parser.add_argument("--short-seconds", type=float, default=1.5, help="seconds of a shard on fewer")
+    parser.add_argument("--short-seconds", type=float, default=2.0, help="seconds of a shard on fewer")
     parser.add_argument("--prompts", type=int, nargs="*", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--folder", help="work here; default: a temporary folder")
     arguments = parser.parse_args()
