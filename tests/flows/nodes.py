@@ -92,6 +92,8 @@ class Node:
 
     def close(self) -> None:
         self.end()
+        # Connections that were cut off keep a namespace for minutes after it was deleted; its link goes at once.
+        ip("link", "del", self.link)
         ip("netns", "del", self.name)
 
 
