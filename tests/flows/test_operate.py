@@ -66,9 +66,19 @@ class Operator:
         title = self.page.locator(".schema-form-property__label").get_by_text(label, exact=True)
         return self.page.locator(".schema-form-property").filter(has=title).last
 
+    def press(self, button: str, request: str) -> None:
+        """Press a button that sends a request. A server whose database is busy answers 503, of which the page only says
+        that something went wrong: one presses again."""
+        while True:
+            with self.page.expect_response(request) as answered:
+                self.page.get_by_role("button", name=button).click()
+            if answered.value.status != 503:
+                break
+        assert answered.value.ok, answered.value.text()
+
     def submit(self) -> str:
         """Start what the form says; returns the flow run's id."""
-        self.page.get_by_role("button", name="Submit").click()
+        self.press("Submit", "**/create_flow_run")
         # Notes lie upon each other while they move: the last one is on top.
         self.page.get_by_role("button", name="View run").last.click()
         self.page.wait_for_url("**/runs/flow-run/**")
@@ -132,7 +142,7 @@ def watch(operator: Operator, up: Up, run: str, before: set[int], *kinds: str) -
 def cancel(operator: Operator, up: Up, run: str, before: set[int]) -> None:
     """Cancel the run on its page: nothing of it is left at work."""
     operator.page.get_by_role("button", name="Cancel", exact=True).click()
-    operator.page.get_by_role("button", name="Confirm").click()
+    operator.press("Confirm", "**/set_state")
     began = time.monotonic()
     while working := at_work(up, before):
         assert time.monotonic() - began < CANCEL_SECONDS, working
