@@ -268,7 +268,7 @@ def doctor(config: ConfigFile, root: Root = "runs/default", set_: Set = None, js
 
 @app.command()
 def up() -> None:
-    """Start Prefect's server, a worker and a Ray head on loopback, those that do not run; runs use them until ``down``."""
+    """Start Prefect's server, a worker and a Ray head on loopback, unless they run; runs use them until ``down``."""
     with console.status("starting Prefect's server, a worker and a Ray head"):
         local = Local.start()
     print(f"Prefect  {local.prefect_url.removesuffix('/api')}\nRay      {local.ray_address}")
