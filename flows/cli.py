@@ -293,6 +293,8 @@ def main() -> None:
     except UserError as error:
         for problem in error.problems:
             print(visible(f"error: {problem}"), file=sys.stderr)
+        if "--json" in sys.argv:
+            print(json.dumps({"state": "Refused", "problems": error.problems}), flush=True)
         code = 2
     except typer.Abort:
         code = INTERRUPTED

@@ -222,7 +222,7 @@ def commit_part(store: Store, folder: str, table: str, shard: int, rows: pa.Tabl
 
 
 class Committer:
-    """Commits the parts of one folder one behind the other: while one is hashed, stored and synced, the next is encoded.
+    """Commits the parts of one folder one behind the other: while one is hashed and synced, the next is encoded.
 
     An error of the one is raised by what comes next, be it ``commit`` or ``wait``.
     """
