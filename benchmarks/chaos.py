@@ -5,7 +5,8 @@
 A tiny run goes through once, undisturbed. Then the same settings run in another folder, where after a random number of
 commits and some random seconds one process of a random kind gets ``kill -9``: the flow, a stage's job, the engine room,
 an engine, a training worker, Ray's head, Prefect's server. A run that ends of it is started again; one that completes
-before all kills are spent is followed by another. At last ``switchyard run`` goes through, and rows are compared with the undisturbed run's.
+before all kills are spent is followed by another. At last ``switchyard run`` goes through, and rows are compared with
+the undisturbed run's.
 
 A shard counts as redone where an engine begins it again; the first kill after which that happens is its cause. Engines
 note what they begin: ``chaos_site/sitecustomize.py``.
