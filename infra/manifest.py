@@ -29,6 +29,8 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from infra.store import Store, StorePath
 
 FORMAT = 1
+# Made once: every row's id is written by it.
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 # Rows of one row group: small enough that a training reader holds little, large enough to compress.
 ROW_GROUP = 4096
 # Commit records that are read at once.
@@ -117,8 +119,7 @@ def stage_folder(stage: str, fingerprint: str) -> str:
 
 def fingerprint(value: Any) -> str:
     """16 hex digits of SHA-256 over canonical JSON."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return hashlib.sha256(CANONICAL.encode(value).encode()).hexdigest()[:16]
 
 
 class DamagedError(ValueError):

@@ -127,7 +127,7 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
     def shards() -> Iterator[Shard]:
         for number, prompts in slices(stage, "prompts", settings.table, settings.shard_size, settings.limit):
             if number not in done:
-                yield Shard(number, prompts.to_pylist())
+                yield Shard(number, prompts.select(["prompt_id", "messages"]).to_pylist())
 
     def call(prompts: list[dict[str, Any]], spare: int) -> Call:
         ids = [prompt["prompt_id"] for prompt in prompts]
@@ -166,7 +166,8 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
     if asked < total:
         asking, server = Asking(shards(), call, commit, purse), served_by(stage.store, base, model)
         with engines(stage) as access:
-            for wave, answers in access.pool(settings.engine, server).map(asking.calls(), asking):
+            repeats = asking if purse else None
+            for wave, answers in access.pool(settings.engine, server).map(asking.calls(), repeats):
                 asking.take(wave, answers)
     seconds = time.monotonic() - began
     stage.close_table("samples", schemas.SAMPLE)

@@ -55,6 +55,7 @@ def test_overrides_are_yaml_by_path(tmp_path: Path) -> None:
         ({"name": "Bad Name"}, "name", "match"),
         ({"train.method": {"type": "magic"}}, "train.method", "'sft'"),
         ({"train.micro_batch": 3}, "train", "does not divide"),
+        ({"resources": {"train_workers": 2, "min_train_workers": 3}}, "resources", "above train_workers 2: lower it"),
         ({"train.method": {"type": "minillm"}, "train.rollouts_ahead": 2}, "train", "set 0"),
         ({"train.method": {"type": "minillm", "teacher_share": 1.0}}, "train.method", "less than 1"),
         ({"train.method": {"type": "distillm"}, "train.validation_share": 0}, "train", "raise it"),
