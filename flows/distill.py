@@ -16,10 +16,12 @@ from flows.cycle import identities
 from flows.ends import StageDamaged, end_of
 from flows.runner import Runner, run_name
 from flows.story import Pipeline, Planner
-from tasks.accounts import ANNOTATIONS
+from tasks.accounts import annotates
+from tasks.config.models import OpenAIModel
+from tasks.config.peers import FIRST
 from tasks.config.preset import Settings
 from tasks.config.run import OPERATIONAL
-from tasks.ledger import Caps, caps_of
+from tasks.ledger import Caps, caps_between
 from tasks.promoted import Promotion
 
 
@@ -27,7 +29,9 @@ def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
     """Models and prompts, which everything else starts from. Of runs that follow each other each takes new prompts."""
     config, stage, after = pipeline.config, pipeline.stage, found["after"]
     plain = config.model_dump(mode="json", exclude=OPERATIONAL)
-    models = stage("models", "tasks.models", {"models": plain["models"], "identities": found["models"]})
+    further = {peer["name"]: peer["model"] for peer in plain["peers"]["teachers"]} if config.peers else {}
+    settings = {"models": plain["models"], "identities": found["models"], **({"further": further} if further else {})}
+    models = stage("models", "tasks.models", settings)
     earlier = {f"earlier-{number}": path for number, path in enumerate(after["earlier"], 1)} if after else {}
     follows = config.recurring and {
         "earlier": list(earlier),
@@ -62,23 +66,43 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     budget, shard_size = config.budget, config.sampling.shard_size
     template_args, compares = config.models.chat_template_args, config.train.method.compares
     shared = {"shard_size": shard_size, "template_args": template_args}
-    longest = None if config.text_only else config.prompts.max_prompt_tokens
     rival: Promotion | None = found["promoted"]
     # A warm start: the student that learns is the promoted one, and so is what it is compared with.
     warm = {"promoted": rival.manifest} if rival and found["warm"] else {}
 
-    def annotate(name: str, table: str, prompts: str, caps: Caps, **before: str) -> str:
-        """The teacher answers, as far as the budget goes. ``before``: an earlier stage charged to it."""
-        settings = {"role": "teacher", "engine": "teacher", "table": table, "sampling": plain["sampling"]["teacher"]}
-        kept = {"logprobs": compares, "distributions": plain["sampling"]["distributions"]}
-        earlier = next(iter(before), "").replace("_", "-") or None
-        charged = {"caps": caps.model_dump(mode="json"), "charged_by": earlier, "prompt_tokens": longest}
-        settings |= {**kept, **shared, **charged, "seed": config.seed}
-        return stage(name, "tasks.sample", settings, models=models, prompts=prompts, **before)
+    def annotate(name: str, table: str, prompts: str, caps: list[Caps], before: dict[str, str]) -> dict[str, str]:
+        """The teachers answer in turn, as far as the budget goes; the samples by stage, in that order. ``before``: the
+        stage that was charged to it last."""
+        made: dict[str, str] = {}
+        for teacher, most in zip(config.teachers, caps, strict=True):
+            first, source = teacher == FIRST, config.served[teacher].source
+            settings = {"role": teacher, "engine": teacher, "table": table, "sampling": plain["sampling"]["teacher"]}
+            kept = {"logprobs": compares and first, "distributions": plain["sampling"]["distributions"]}
+            longest = None if isinstance(source, OpenAIModel) else config.prompts.max_prompt_tokens
+            charged = {"caps": most.model_dump(mode="json"), "charged_by": next(iter(before), None)}
+            settings |= {**kept, **shared, **charged, "prompt_tokens": longest, "seed": config.seed}
+            if config.peers:
+                routing = {"teacher": teacher, "teachers": config.teachers, "routing": plain["peers"]["routing"]}
+                settings["route"] = routing
+            own = name if first else f"{name}-{teacher}"
+            made[own] = stage(own, "tasks.sample", settings, models=models, prompts=prompts, **before)
+            before = {own: made[own]}
+        return made
+
+    def together(name: str, table: str, prompts: str, samples: dict[str, str]) -> str:
+        """Of several teachers, the answers side by side, and what each says of the others'."""
+        if not config.peers:
+            return next(iter(samples.values()))
+        here = [name for name in config.teachers if not isinstance(config.served[name].source, OpenAIModel)]
+        reviewed = {"reviewers": here, "confidence": plain["signals"]["confidence"]} if config.peers.review else {}
+        settings = {"table": table, "samples": dict(zip(config.teachers, samples, strict=True)), **reviewed, **shared}
+        return stage(name, "tasks.review", settings, models=models, prompts=prompts, **samples)
 
     def keep(name: str, table: str, prompts: str, samples: str) -> str:
-        """The TA scores the teacher's answers; a rule keeps or drops them."""
+        """The TA scores the teachers' answers; a rule keeps or drops them."""
         settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": plain["signals"]["keep"]}
+        if config.peers and config.peers.review:
+            settings["peer_review"] = config.peers.review.threshold
         if config.signals.keep.calibrate:
             settings |= {"validation_share": config.train.validation_share, "seed": config.seed}
         return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples)
@@ -87,8 +111,11 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     models, prompts = prepare(pipeline, found)
 
     # Warm up: a small share of the budget on random prompts makes a student whose signals mean something.
-    warmup_samples = annotate("warmup-annotate", "warmup", prompts, caps_of(budget, budget.warmup_share))
-    warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_samples)
+    parts = config.peers.parts() if config.peers else [1.0]
+    share = budget.warmup_share
+    warmup_samples = annotate("warmup-annotate", "warmup", prompts, caps_between(budget, 0.0, share, parts), {})
+    warmup_answers = together("warmup-review", "warmup", prompts, warmup_samples)
+    warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_answers)
     warmup = stage(
         "warmup-train",
         "tasks.train",
@@ -138,8 +165,10 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     )
 
     # Annotate: the rest of the budget, on the selected prompts.
-    samples = annotate("annotate", "selected", selected, caps_of(budget), warmup_annotate=warmup_samples)
-    kept = keep("keep", "selected", selected, samples)
+    charged = dict([list(warmup_samples.items())[-1]])
+    samples = annotate("annotate", "selected", selected, caps_between(budget, share, 1.0, parts), charged)
+    answers = together("review", "selected", selected, samples)
+    kept = keep("keep", "selected", selected, answers)
 
     # Replay: rows that earlier runs kept, so that the student does not forget them.
     replayed = {}
@@ -174,7 +203,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         warmup_keep=warmup_kept,
         keep=kept,
         **replayed,
-        **({"annotate": samples, "student_sample": student_samples} if compares else {}),
+        **({"annotate": samples["annotate"], "student_sample": student_samples} if compares else {}),
     )
 
     # Evaluate: base and teacher once and for all; warmed-up and final student with every change. The promoted student
@@ -227,17 +256,18 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         },
         models=models,
         prompts=prompts,
-        warmup_annotate=warmup_samples,
+        **warmup_samples,
         warmup_keep=warmup_kept,
         warmup_train=warmup,
         student_sample=student_samples,
         select=selected,
-        annotate=samples,
+        **samples,
         keep=kept,
         train=final,
         evaluate_before=before,
         evaluate_after=after,
         **replayed,
+        **({"warmup_review": warmup_answers, "review": answers} if config.peers else {}),
     )
 
 
@@ -246,7 +276,7 @@ def approve(runner: Runner, found: dict[str, Any], approved: bool) -> None:
     budget, record = runner.config.budget, runner.record
     planner = Planner(runner.config, runner.store.uri, runner.run, runner.redo)
     story(planner, found)
-    asks = any(not runner.store.exists(spec.manifest_path) for spec in planner.specs if spec.stage in ANNOTATIONS)
+    asks = any(not runner.store.exists(spec.manifest_path) for spec in planner.specs if annotates(spec.stage))
     if asks and not record.approved and (what := above(budget)):
         if not approved:
             wait_for_approval(what, budget)

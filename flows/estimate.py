@@ -7,13 +7,15 @@ checked. In small runs starts outweigh the work: what a job costs before it work
 
 import os
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from flows.story import on_gpu
 from tasks.config import RunConfig
 from tasks.config.models import FreshModel, ModelSource, OpenAIModel, PrunedModel
+from tasks.config.peers import FIRST, BySource, Everyone
 from tasks.config.prompts import ReasoningGymSource
 from tasks.config.train import TrainConfig
-from tasks.models import ROLES, parameters_on_disk
+from tasks.models import parameters_on_disk
 
 GIB = 1 << 30
 DECODE_FLOPS_PER_CORE = 20e9
@@ -74,6 +76,17 @@ def candidates(config: RunConfig) -> int:
     return min(config.signals.candidates or left, left) if known else config.signals.candidates or 0
 
 
+def answering(config: RunConfig) -> list[float]:
+    """Of the prompts that are asked, each teacher's share: all of them where everyone answers."""
+    peers = config.peers
+    if peers is None or isinstance(peers.routing, Everyone):
+        return [1.0] * len(config.teachers)
+    if isinstance(peers.routing, BySource):
+        # What each source has is known once prompts are read.
+        return [1 / len(config.teachers)] * len(config.teachers)
+    return [after - before for before, after in pairwise([0.0, *peers.parts()])]
+
+
 def estimate(config: RunConfig) -> Estimate:
     """The whole run's costs by stage."""
     gpu = on_gpu(config)
@@ -81,9 +94,8 @@ def estimate(config: RunConfig) -> Estimate:
     decode = DECODE_FLOPS_PER_GPU if gpu else DECODE_FLOPS_PER_CORE * cores
     train = TRAIN_FLOPS_PER_GPU * config.resources.train_workers if gpu else TRAIN_FLOPS_PER_CORE * cores
     start = START_SECONDS["gpu" if gpu else "cpu"]
-    teacher, assistant, student = (
-        parameters(getattr(config.models, role)) for role in ("teacher", "assistant", "student")
-    )
+    sizes = {role: parameters(model.source) for role, model in config.served.items()}
+    teacher, assistant, student = (sizes[role] for role in ("teacher", "assistant", "student"))
     replicas = config.engines.teacher.replicas
     result = Estimate()
 
@@ -92,12 +104,22 @@ def estimate(config: RunConfig) -> Estimate:
         result.stages[name] = Cost(prompts * samples, tokens, start + 2 * size * tokens / decode / replicas)
 
     def annotate(name: str, prompts: int) -> None:
-        sample(name, prompts, written.samples, written.max_tokens, teacher)
-        if isinstance(source := config.models.teacher, OpenAIModel):
-            service = source.service
-            pace = 60 / service.requests_per_minute if service.requests_per_minute else 0.0
-            each = max(pace, ANSWER_SECONDS / service.concurrency)
-            result.stages[name].seconds = start + result.stages[name].rows * each
+        for role, part in zip(config.teachers, answering(config), strict=True):
+            own = name if role == FIRST else f"{name}-{role}"
+            sample(own, round(prompts * part), written.samples, written.max_tokens, sizes[role])
+            if isinstance(source := config.served[role].source, OpenAIModel):
+                service = source.service
+                pace = 60 / service.requests_per_minute if service.requests_per_minute else 0.0
+                each = max(pace, ANSWER_SECONDS / service.concurrency)
+                result.stages[own].seconds = start + result.stages[own].rows * each
+        if config.peers:
+            here = [role for role in config.teachers if not isinstance(config.served[role].source, OpenAIModel)]
+            # Each reads what the others wrote.
+            parts = dict(zip(config.teachers, answering(config), strict=True))
+            reviews = prompts * sum(sum(parts.values()) - parts[role] for role in here) if config.peers.review else 0
+            longest = config.prompts.max_prompt_tokens + written.max_tokens
+            size = max((sizes[role] for role in here), default=0.0)
+            sample(name.replace("annotate", "review"), round(reviews * written.samples), 1, longest, size)
 
     def fit(name: str, settings: TrainConfig) -> None:
         tokens = int(settings.steps * settings.batch_size * settings.max_length * FILL)
@@ -127,7 +149,7 @@ def estimate(config: RunConfig) -> Estimate:
     for name, starts in (("models", 2), ("prompts", 1), ("report", 1)):
         result.stages[name] = Cost(seconds=starts * start)
 
-    result.teacher_queries = (warmup + rest) * written.samples
+    result.teacher_queries = (warmup + rest) * config.queries_per_prompt
     read, answered = (result.teacher_queries * most for most in (config.prompts.max_prompt_tokens, written.max_tokens))
     result.teacher_tokens = min(read + answered, config.budget.tokens or read + answered)
     if (price := config.budget.price) is not None:
@@ -136,9 +158,11 @@ def estimate(config: RunConfig) -> Estimate:
     width = 2 if gpu else 4
     # Roles with the same model and settings share their engines.
     serving = {
-        repr((source, engine)): (parameters(source) * width / GIB + PROCESS_GIB + engine.kv_cache_gib) * engine.replicas
-        for source, engine in ((getattr(config.models, role), getattr(config.engines, role)) for role in ROLES)
-        if not isinstance(source, OpenAIModel)
+        repr((model.source, model.engine)): (
+            (sizes[role] * width / GIB + PROCESS_GIB + model.engine.kv_cache_gib) * model.engine.replicas
+        )
+        for role, model in config.served.items()
+        if not isinstance(model.source, OpenAIModel)
     }
     engines = sum(serving.values())
     beside = teacher if config.train.method.asks_teacher else 0

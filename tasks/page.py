@@ -32,6 +32,8 @@ REFUSALS = (
     ("select", "signals", "Candidates"),
     ("warmup-keep", "scores", "Warm-up annotations"),
     ("keep", "scores", "Later annotations"),
+    ("mentor-annotate", "quarantine", "Prompts the mentor's engine died of"),
+    ("mentor-keep", "scores", "The mentor's annotations"),
 )
 
 

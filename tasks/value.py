@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.manifest import Manifest
-from tasks.accounts import ANNOTATIONS, fact, online_teacher_tokens, teacher_queries, total
+from tasks.accounts import annotations, fact, online_teacher_tokens, teacher_queries, total
 from tasks.config.budget import Budget
 from tasks.metrics import METRICS, Measured
 
@@ -40,7 +40,7 @@ class Rate:
 def teacher_tokens(manifests: Manifests) -> int | None:
     """Tokens the teacher read and wrote for annotation, and positions it was asked about during training."""
     annotated = []
-    for name in ANNOTATIONS:
+    for name in annotations(manifests):
         charged = fact(manifests, name, "charged") or (manifests[name].facts if name in manifests else {})
         annotated.append(total((charged.get("prompt_tokens"), charged.get("completion_tokens"))))
     return total((*annotated, online_teacher_tokens(manifests)))
@@ -55,7 +55,7 @@ def money(manifests: Manifests, budget: Budget) -> float | None:
     """Price of the annotation queries; None without a price."""
     if budget.price is None:
         return None
-    charged = [fact(manifests, name, "charged") for name in ANNOTATIONS]
+    charged = [fact(manifests, name, "charged") for name in annotations(manifests)]
     tokens = [(found["prompt_tokens"], found["completion_tokens"]) for found in charged if found]
     return float(sum(budget.price.of(*pair) for pair in tokens)) if tokens else None
 

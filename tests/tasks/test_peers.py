@@ -1,0 +1,200 @@
+"""Several teachers: who is asked what, what the others' scores decide, and that the accounts add up."""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pydantic import ValidationError
+
+from infra.manifest import commit_manifest, read_rows
+from infra.models import ModelRef
+from infra.store import LocalStore
+from tasks import schemas
+from tasks.accounts import accounts, funnel, in_order, title
+from tasks.config.budget import Budget
+from tasks.config.peers import Peers
+from tasks.keep import CONFIDENCE, KeepSettings
+from tasks.keep import run as run_keep
+from tasks.ledger import caps_between, caps_of
+from tasks.review import ReviewSettings, mean_scores
+from tasks.review import run as run_review
+from tasks.routing import Further, Route, further, routed
+from tasks.stage import Stage, StageSpec
+
+TEACHERS = ["teacher", "coder", "poet"]
+SOURCES = ["sums", "code", "verse"]
+
+
+def prompts(count: int) -> pa.Table:
+    rows = [{"prompt_id": f"p{number}", "source": SOURCES[number % 3], "verifier": "none"} for number in range(count)]
+    return pa.Table.from_pylist(rows, schemas.PROMPT)
+
+
+def shares(routing: dict[str, Any], count: int = 900) -> dict[str, list[str]]:
+    """Prompt ids by teacher."""
+    table = prompts(count)
+    return {
+        name: routed(Route(teacher=name, teachers=TEACHERS, routing=routing), seed=4)(table)["prompt_id"].to_pylist()
+        for name in TEACHERS
+    }
+
+
+def test_each_prompt_goes_to_one_teacher_or_to_all() -> None:
+    asked = [f"p{number}" for number in range(900)]
+    assert all(ids == asked for ids in shares({"type": "everyone"}).values())
+    drawn = shares({"type": "by_weight", "shares": {"teacher": 2, "poet": 0}})
+    assert sorted(chain(*drawn.values())) == sorted(asked)
+    assert drawn["poet"] == []
+    assert len(drawn["teacher"]) == pytest.approx(600, abs=60)
+    sent = shares({"type": "by_source", "specialists": {"code": "coder", "verse": "poet"}})
+    assert {name: len(ids) for name, ids in sent.items()} == dict.fromkeys(TEACHERS, 300)
+    assert {int(name[1:]) % 3 for name in sent["coder"]} == {1}
+    # A shard is cut as the whole is.
+    route = Route(teacher="coder", teachers=TEACHERS, routing={"type": "by_weight"})
+    whole = routed(route, 4)(prompts(90))["prompt_id"].to_pylist()
+    parts = [routed(route, 4)(prompts(90).slice(start, 30))["prompt_id"].to_pylist() for start in (0, 30, 60)]
+    assert list(chain(*parts)) == whole != []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"teachers": []}, "teachers"),
+        ({"teachers": [{"name": "student", "model": {"type": "huggingface", "id": "x"}}]}, "taken"),
+        ({"routing": {"type": "by_source", "specialists": {"code": "nobody"}}}, "no teacher is called 'nobody'"),
+        ({"routing": {"type": "by_weight", "shares": {"teacher": 0, "coder": 0}}}, "all are 0"),
+    ],
+)
+def test_names_have_to_fit(change: dict[str, Any], said: str) -> None:
+    coder = {"name": "coder", "model": {"type": "huggingface", "id": "x"}}
+    Peers.model_validate({"teachers": [coder]})
+    with pytest.raises(ValidationError, match=said):
+        Peers.model_validate({"teachers": [coder], **change})
+    with pytest.raises(ValidationError, match="two are called"):
+        Peers.model_validate({"teachers": [coder, coder]})
+
+
+def test_caps_are_handed_on_and_end_where_one_teachers_do() -> None:
+    budget = Budget(queries=100, tokens=1000, warmup_share=0.2)
+    first, second = caps_between(budget, 0.0, 0.2, [0.5, 1.0])
+    assert (first.queries, first.tokens, second.tokens) == (20, 100, 200)
+    assert second == caps_of(budget, 0.2)
+    first, second = caps_between(budget, 0.2, 1.0, [0.25, 1.0])
+    assert (first.tokens, second) == (400, caps_of(budget))
+
+
+class Written:
+    """Answers of two teachers to six prompts in two shards, as the sampling stages leave them."""
+
+    def __init__(self, root: Path) -> None:
+        self.store = LocalStore(root)
+        model = ModelRef(name="m", revision="1").model_dump()
+        self.inputs = {"models": self.made("models", {}, models=dict.fromkeys(["assistant", *TEACHERS], model))}
+        self.inputs["prompts"] = self.made("prompts", {"warmup": [(schemas.PROMPT, prompts(6))]})
+        for teacher, name in (("teacher", "warmup-annotate"), ("coder", "warmup-annotate-coder")):
+            halves = [self.samples(teacher, range(start, start + 3)) for start in (0, 3)]
+            self.inputs[name] = self.made(name, {"samples": [(schemas.SAMPLE, half) for half in halves]})
+
+    def samples(self, teacher: str, numbers: range) -> pa.Table:
+        rows = [
+            {
+                "sample_id": f"{teacher}{number}",
+                "prompt_id": f"p{number}",
+                "text": "1",
+                "prompt_token_ids": [1],
+                "token_ids": [2],
+                "finish_reason": "stop",
+            }
+            for number in numbers
+            if number != 5 or teacher == "coder"
+        ]
+        return pa.Table.from_pylist(rows, schemas.SAMPLE)
+
+    def made(self, name: str, tables: dict[str, Any], **facts: Any) -> str:
+        stage: Stage[Any] = Stage(StageSpec(stage=name, module="", root=self.store.uri), None)  # type: ignore[arg-type]
+        stage.facts.update(facts)
+        for table, parts in tables.items():
+            for shard, (_, rows) in enumerate(parts):
+                stage.commit(table, shard, rows)
+            stage.close_table(table, parts[0][0])
+        return commit_manifest(self.store, stage.manifest).path
+
+    def stage(self, name: str, kind: Any, values: dict[str, Any], inputs: dict[str, str]) -> Stage[Any]:
+        spec = StageSpec(stage=name, module="m", settings=values, inputs=inputs, root=self.store.uri)
+        return Stage(spec, kind.model_validate(values))
+
+
+def test_what_the_other_teachers_doubt_is_dropped(tmp_path: Path) -> None:
+    written = Written(tmp_path)
+    samples = {"teacher": "warmup-annotate", "coder": "warmup-annotate-coder"}
+    review = written.stage(
+        "warmup-review", ReviewSettings, {"table": "warmup", "shard_size": 3, "samples": samples}, written.inputs
+    )
+    # What reviewers say is given here; a whole run has it from their engines.
+    given = {"coder": {"teacher0": 0.9, "teacher1": 0.2, "teacher3": None, "teacher4": 0.5}, "poet": {"teacher0": 0.7}}
+    for reviewer, scores in given.items():
+        rows = [{"sample_id": name, "score": score, "reviewer": reviewer} for name, score in scores.items()]
+        for shard in (0, 1):
+            own = [row for row in rows if int(row["sample_id"][-1]) // 3 == shard]
+            review.commit(f"reviews-{reviewer}", shard, pa.Table.from_pylist(own, schemas.REVIEW))
+        review.close_table(f"reviews-{reviewer}", schemas.REVIEW)
+    run_review(review)
+    assert review.facts["answers"] == {"teacher": 5, "coder": 6}
+    assert mean_scores(written.store, review.manifest, 0) == pytest.approx({"teacher0": 0.8, "teacher1": 0.2})
+    inputs = {**written.inputs, "samples": commit_manifest(written.store, review.manifest).path}
+
+    def reasons(**values: Any) -> dict[str, str]:
+        settings = {"table": "warmup", "shard_size": 3, "keep": {"rule": "all"}, **values}
+        keep = written.stage("warmup-keep", KeepSettings, settings, inputs)
+        for shard, rows in enumerate(([f"{t}{n}" for t in samples for n in half]) for half in (range(3), range(3, 6))):
+            names = [name for name in rows if name != "teacher5"]
+            keep.commit(
+                "confidence", shard, pa.table({"sample_id": names, "confidence": [0.6] * len(names)}, CONFIDENCE)
+            )
+        run_keep(keep)
+        assert read_rows(keep.store, keep.manifest, "charged").num_rows == (6 if values.get("charges", True) else 0)
+        found = read_rows(keep.store, keep.manifest, "scores").to_pylist()
+        return {row["sample_id"]: row["reason"] for row in found}
+
+    assert set(reasons().values()) == {"kept"}
+    found = reasons(peer_review=0.5)
+    assert {name for name, reason in found.items() if reason == "kept"} == {"teacher0", "teacher4"}
+    assert found["teacher3"] == found["coder0"] == "peer_review"
+    assert set(reasons(charges=False).values()) == {"kept"}
+
+
+def test_prompts_for_a_mentor_are_those_the_teacher_was_not_asked(tmp_path: Path) -> None:
+    written = Written(tmp_path)
+    table = prompts(300)
+    inputs = {
+        "prompts": written.made("candidates", {"candidates": [(schemas.PROMPT, table)]}),
+        "select": written.made("select", {"selected": [(schemas.PROMPT, table.slice(0, 100))]}),
+    }
+    stage = written.stage("mentor-annotate", Further, {"apart_from": "select", "count": 30}, inputs)
+
+    def drawn(count: int, seed: int) -> list[str]:
+        chosen = further(stage, Further(apart_from="select", count=count), "candidates", seed)
+        return list(chain(*(chosen(table.slice(start, 60))["prompt_id"].to_pylist() for start in range(0, 300, 60))))
+
+    assert len(drawn(30, 1)) == 30
+    assert not {int(name[1:]) for name in drawn(30, 1)} & set(range(100))
+    assert set(drawn(30, 1)) != set(drawn(30, 2))
+    assert len(drawn(999, 1)) == 200
+
+
+def test_accounts_of_several_teachers_add_up(tmp_path: Path) -> None:
+    store, manifests, charged = LocalStore(tmp_path), {}, 0
+    for name in ("warmup-annotate", "warmup-annotate-coder", "annotate", "annotate-coder"):
+        stage: Stage[Any] = Stage(StageSpec(stage=name, module="", root=store.uri), None)  # type: ignore[arg-type]
+        charged += 5
+        amount = {"queries": charged, "prompt_tokens": 10 * charged, "completion_tokens": charged}
+        stage.facts.update(queries=5, charged_in_all=amount, spent_in_all=amount)
+        manifests[name] = stage.manifest
+    account = accounts(manifests, Budget(queries=20))[0]
+    assert (account.charged, account.cap) == (20, 20)
+    level = next(level for level in funnel(manifests) if level.name == "Teacher queries")
+    assert (level.rows, level.warmup, level.note) == (20, 10, "teacher 10, coder 10")
+    assert in_order(manifests) == list(manifests)
+    assert title("annotate-coder") == "Teacher annotates what was chosen (coder)"
