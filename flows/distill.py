@@ -30,6 +30,7 @@ def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
     config, stage, after = pipeline.config, pipeline.stage, found["after"]
     plain = config.model_dump(mode="json", exclude=OPERATIONAL)
     further = {peer["name"]: peer["model"] for peer in plain["peers"]["teachers"]} if config.peers else {}
+    further |= {"mentor": plain["mentor"]["model"]} if config.mentor else {}
     settings = {"models": plain["models"], "identities": found["models"], **({"further": further} if further else {})}
     models = stage("models", "tasks.models", settings)
     earlier = {f"earlier-{number}": path for number, path in enumerate(after["earlier"], 1)} if after else {}
@@ -98,11 +99,14 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         settings = {"table": table, "samples": dict(zip(config.teachers, samples, strict=True)), **reviewed, **shared}
         return stage(name, "tasks.review", settings, models=models, prompts=prompts, **samples)
 
-    def keep(name: str, table: str, prompts: str, samples: str) -> str:
-        """The TA scores the teachers' answers; a rule keeps or drops them."""
+    def keep(name: str, table: str, prompts: str, samples: str, charged: bool = True) -> str:
+        """The TA scores the teachers' answers; a rule keeps or drops them. What nobody was charged for is a mentor's,
+        which nobody reviews."""
         settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": plain["signals"]["keep"]}
-        if config.peers and config.peers.review:
+        if config.peers and config.peers.review and charged:
             settings["peer_review"] = config.peers.review.threshold
+        if not charged:
+            settings["charges"] = False
         if config.signals.keep.calibrate:
             settings |= {"validation_share": config.train.validation_share, "seed": config.seed}
         return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples)
@@ -170,6 +174,21 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     answers = together("review", "selected", selected, samples)
     kept = keep("keep", "selected", selected, answers)
 
+    # Mentor: a model between both learns what was kept, and annotates prompts that the teacher was not asked about.
+    mentored, soft = {}, {}
+    if mentor := config.mentor:
+        learnt = {"train": plain["mentor"]["train"], "seed": config.seed, "student": "mentor", "stage_name": "mentor"}
+        learnt["rows"] = ["warmup-keep", "keep"]
+        trained = stage("mentor-train", "tasks.train", learnt, models=models, warmup_keep=warmup_kept, keep=kept)
+        settings = {"role": "mentor", "engine": "mentor", "weights": "mentor-train", "table": "candidates"}
+        settings |= {name: plain["mentor"][name] for name in ("sampling", "distributions")}
+        settings |= {"further": {"apart_from": "select", "count": mentor.prompts}, "seed": config.seed, **shared}
+        inputs = {"models": models, "prompts": prompts, "mentor_train": trained, "select": selected}
+        written = stage("mentor-annotate", "tasks.sample", settings, **inputs)
+        mentor_kept = keep("mentor-keep", "candidates", prompts, written, charged=False)
+        mentored = {"mentor_train": trained, "mentor_annotate": written, "mentor_keep": mentor_kept}
+        soft = {"soft_rows": "mentor-keep", "soft_share": mentor.soft_share}
+
     # Replay: rows that earlier runs kept, so that the student does not forget them.
     replayed = {}
     if config.recurring and found["after"]["kept"] and config.recurring.replay_share:
@@ -197,12 +216,14 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "rows": ["warmup-keep", "keep", *replayed],
             "stage_name": "train",
             "online_teacher_tokens": budget.online_teacher_tokens,
+            **soft,
         },
         models=models,
         warmup_train=warmup,
         warmup_keep=warmup_kept,
         keep=kept,
         **replayed,
+        **({"mentor_keep": mentored["mentor_keep"]} if mentored else {}),
         **({"annotate": samples["annotate"], "student_sample": student_samples} if compares else {}),
     )
 
@@ -268,6 +289,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         evaluate_after=after,
         **replayed,
         **({"warmup_review": warmup_answers, "review": answers} if config.peers else {}),
+        **mentored,
     )
 
 

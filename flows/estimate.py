@@ -121,9 +121,9 @@ def estimate(config: RunConfig) -> Estimate:
             size = max((sizes[role] for role in here), default=0.0)
             sample(name.replace("annotate", "review"), round(reviews * written.samples), 1, longest, size)
 
-    def fit(name: str, settings: TrainConfig) -> None:
+    def fit(name: str, settings: TrainConfig, size: float = student) -> None:
         tokens = int(settings.steps * settings.batch_size * settings.max_length * FILL)
-        flops = 6 * student * tokens
+        flops = 6 * size * tokens
         method = settings.method
         if method.asks_teacher:
             flops += 2 * teacher * tokens
@@ -142,6 +142,12 @@ def estimate(config: RunConfig) -> Estimate:
     sample("select", asked, 1, config.prompts.max_prompt_tokens, assistant)
     annotate("annotate", rest)
     sample("keep", rest, 1, config.prompts.max_prompt_tokens, assistant)
+    if mentor := config.mentor:
+        further = min(mentor.prompts, max(0, asked - rest) or mentor.prompts)
+        fit("mentor-train", mentor.train, sizes["mentor"])
+        wrote = mentor.sampling
+        sample("mentor-annotate", further, wrote.samples, wrote.max_tokens, sizes["mentor"])
+        sample("mentor-keep", further * wrote.samples, 1, config.prompts.max_prompt_tokens, assistant)
     fit("train", config.train)
     seeds, length = len(config.evaluate.seeds), config.evaluate.max_tokens
     sample("evaluate-before", heldout, seeds, length, teacher + student)

@@ -80,7 +80,7 @@ def text_only(config: RunConfig) -> list[str]:
     found = [
         f"{name}.method: {settings.method.type} compares distributions, which models.teacher (openai) does not show: "
         "use sft or seqkd, or a teacher that runs here"
-        for name, settings in (("warmup", config.warmup), ("train", config.train))
+        for name, settings in config.trainings.items()
         if settings.method.compares
     ]
     if config.sampling.distributions:
@@ -94,7 +94,7 @@ def distributions(config: RunConfig) -> list[str]:
     """For methods that compare distributions: one token map, one width of logits, one end of sequence."""
     assert not isinstance(config.models.teacher, OpenAIModel)
     teacher, student = origin(config.models.teacher), origin(config.models.student)
-    comparing = [settings.method.type for settings in (config.warmup, config.train) if settings.method.compares]
+    comparing = [settings.method.type for settings in config.trainings.values() if settings.method.compares]
     if not comparing or teacher == student:
         return []
     try:

@@ -101,6 +101,10 @@ def notes(config: RunConfig) -> list[str]:
                 f"{' and '.join(dict.fromkeys(learn))}: distributions are those of models.teacher, the first teacher, "
                 "also on what the others wrote"
             )
+    if mentor := config.mentor:
+        found.append(
+            f"mentor: annotates up to {mentor.prompts:,} further prompts with soft labels, at no teacher query"
+        )
     return found
 
 

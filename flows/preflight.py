@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 from pydantic import ValidationError
 
-from flows.estimate import GIB, Estimate
+from flows.estimate import GIB, Estimate, candidates
 from flows.model_checks import cache, distributions, family, templates, text_only, whole
 from flows.reach import reach
 from flows.story import on_gpu
@@ -113,6 +113,7 @@ def preflight(config: RunConfig, root: str, needs: Estimate) -> Checks:
         "store can be seen by the cluster": places(config, root),
         "prompts cover the budget": enough(config),
         "budget covers a prompt": affordable(config),
+        **({"mentor has prompts": unasked(config)} if config.mentor else {}),
         "disk, memory and cores": capacity(config, root, needs),
         "lengths": lengths(config),
         "chat templates": templates(config),
@@ -167,6 +168,14 @@ def affordable(config: RunConfig) -> list[str]:
     return found
 
 
+def unasked(config: RunConfig) -> list[str]:
+    """Candidates are more than those that the teacher is asked about, as far as they can be counted."""
+    known, asked = candidates(config), config.selected_prompts
+    if known and known <= asked:
+        return [f"mentor: the teacher is asked about all {known} candidates, none is left: raise signals.candidates"]
+    return []
+
+
 def places(config: RunConfig, root: str) -> list[str]:
     address = config.resources.ray_address
     local = address is None or any(host in address for host in ("127.0.0.1", "localhost", "[::1]"))
@@ -208,7 +217,7 @@ def lengths(config: RunConfig) -> list[str]:
     """Training rows fit the longest prompt and response."""
     found = []
     prompt = config.prompts.max_prompt_tokens
-    for name, settings in (("warmup", config.warmup), ("train", config.train)):
+    for name, settings in config.trainings.items():
         response = settings.method.max_new_tokens
         if prompt + response > settings.max_length:
             found.append(

@@ -222,6 +222,8 @@ def run(stage: Stage[SampleSettings]) -> None:
         # Of several teachers one may have no prompts of its own.
         if not rows and not settings.route:
             raise ValueError(f"budget: it covers not one prompt of {settings.table}; left are {purse.left()['left']}")
+    if settings.further and not rows:
+        raise ValueError("mentor.prompts: no candidates are left beside the selected ones: raise signals.candidates")
 
 
 def token_counts(stage: Stage[Any], table: str) -> dict[str, int]:

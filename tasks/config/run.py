@@ -136,6 +136,12 @@ class RunConfig(Config):
         return self.peers.names if self.peers else [FIRST]
 
     @property
+    def trainings(self) -> dict[str, TrainConfig]:
+        """Every training by the place of its settings, the student's last one behind."""
+        mentor = {"mentor.train": self.mentor.train} if self.mentor else {}
+        return {"warmup": self.warmup, **mentor, "train": self.train}
+
+    @property
     def queries_per_prompt(self) -> int:
         """Answers that a prompt is given: each sample of each teacher that it goes to."""
         everyone = self.peers and isinstance(self.peers.routing, Everyone)
@@ -158,8 +164,8 @@ class RunConfig(Config):
                 f"budget.warmup_share {self.budget.warmup_share} of {self.budget.queries} queries leaves a stage none:"
                 " raise budget.queries"
             )
-        for name in ("warmup", "train"):
-            method = getattr(self, name).method
+        for name, settings in self.trainings.items():
+            method = settings.method
             if method.compares and method.annotated == "stored" and not self.sampling.distributions:
                 raise ValueError(
                     f"{name}.method.annotated stored needs the teacher's distributions: set sampling.distributions "

@@ -127,3 +127,42 @@ def test_a_teacher_of_another_family_is_refused_unless_it_is_served(
     missing = {"type": "huggingface", "id": "/nowhere"}
     (problem,) = planned(lambda data: data["peers"]["teachers"][0].update(model=missing)).problems
     assert problem.startswith("peers.teachers.0.model: id: no folder")
+
+
+def with_mentor(models: Path, *changes: Change) -> dict[str, Any]:
+    data = tiny.settings(models)
+    data["mentor"] = {"model": {"type": "huggingface", "id": str(models / "mentor")}, "train": dict(data["warmup"])}
+    data["mentor"] |= {"prompts": 5, "sampling": {"max_tokens": 12}}
+    for change in changes:
+        change(data)
+    return data
+
+
+@pytest.fixture
+def mentored(models: Path, tmp_path: Path) -> Callable[..., Plan]:
+    return lambda *changes: plan_run(RunConfig.model_validate(with_mentor(models, *changes)), str(tmp_path / "root"))
+
+
+def test_a_mentor_adds_its_stages_and_asks_the_teacher_nothing(mentored: Callable[..., Plan], models: Path) -> None:
+    plan = mentored()
+    assert plan.problems == []
+    assert plan.names[9:13] == ["mentor-train", "mentor-annotate", "mentor-keep", "train"]
+    assert plan.teacher_queries == 24
+    assert "mentor: annotates up to 5 further prompts" in plan.summary
+    before = {stage.name: stage.fingerprint for stage in plan.stages}
+    after = mentored(lambda data: data["mentor"].update(soft_share=0.1))
+    changed = {stage.name for stage in after.stages if before[stage.name] != stage.fingerprint}
+    assert changed == {"train", "evaluate-after", "report"}
+    config = RunConfig.model_validate(with_mentor(models))
+    assert runtime(config, "run").engines["mentor"]["max_logprobs"] == config.mentor.distributions.limit
+
+
+def test_a_mentor_that_has_nothing_to_do_or_cannot_is_refused(mentored: Callable[..., Plan], models: Path) -> None:
+    (problem,) = mentored(lambda data: data["signals"].update(candidates=12)).problems
+    assert problem.startswith("mentor: the teacher is asked about all 12 candidates")
+    (problem,) = mentored(lambda data: data["mentor"]["train"].update(max_length=100)).problems
+    assert problem.startswith("mentor.train.max_length: 100")
+    with pytest.raises(ValidationError, match="rolls out, a mentor learns from kept rows only"):
+        RunConfig.model_validate(with_mentor(models, lambda data: data["mentor"].update(train=data["train"])))
+    with pytest.raises(ValidationError, match=r"engines\.student\.max_model_len 256 is below"):
+        RunConfig.model_validate(with_mentor(models, lambda data: data["mentor"].update(sampling={"max_tokens": 100})))
