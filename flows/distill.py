@@ -79,6 +79,8 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             first, source = teacher == FIRST, config.served[teacher].source
             settings = {"role": teacher, "engine": teacher, "table": table, "sampling": plain["sampling"]["teacher"]}
             kept = {"logprobs": compares and first, "distributions": plain["sampling"]["distributions"]}
+            if most.money is not None:
+                most = most.model_copy(update={"price": budget.price_of(teacher)})
             longest = None if isinstance(source, OpenAIModel) else config.prompts.max_prompt_tokens
             charged = {"caps": most.model_dump(mode="json"), "charged_by": next(iter(before), None)}
             settings |= {**kept, **shared, **charged, "prompt_tokens": longest, "seed": config.seed}

@@ -158,9 +158,17 @@ def estimate(config: RunConfig) -> Estimate:
     result.teacher_queries = (warmup + rest) * config.queries_per_prompt
     read, answered = (result.teacher_queries * most for most in (config.prompts.max_prompt_tokens, written.max_tokens))
     result.teacher_tokens = min(read + answered, config.budget.tokens or read + answered)
-    if (price := config.budget.price) is not None:
-        most = float(price.of(read, answered))
-        result.teacher_money = f"{min(most, config.budget.money or most):,.4g} {price.currency}"
+    if config.budget.price is not None:
+        # Of each teacher so many answers.
+        written_by = {
+            role: (warmup + rest) * part for role, part in zip(config.teachers, answering(config), strict=True)
+        }
+        most = sum(
+            float(price.of(read, answered)) * count * written.samples / result.teacher_queries
+            for role, count in written_by.items()
+            if (price := config.budget.price_of(role))
+        )
+        result.teacher_money = f"{min(most, config.budget.money or most):,.4g} {config.budget.price.currency}"
     width = 2 if gpu else 4
     # Roles with the same model and settings share their engines.
     serving = {

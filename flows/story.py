@@ -105,5 +105,6 @@ def runtime(config: RunConfig, run: str) -> Runtime:
                 "price": price and price.model_dump(mode="json"),
             },
             "factor": config.budget.spending_factor,
+            "prices": {name: own.model_dump(mode="json") for name, own in (config.budget.prices or {}).items()},
         },
     )

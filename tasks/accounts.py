@@ -188,11 +188,21 @@ def accounts(manifests: Manifests, budget: Budget) -> list[Account]:
         account("tokens", budget.tokens, "prompt_tokens", "completion_tokens"),
     ]
     if budget.price is not None:
-        price, tokens = budget.price, ("prompt_tokens", "completion_tokens")
-        paid = [float(price.of(*(amounts[name] for name in tokens))) for amounts in (charged, spent)]
+        paid = [money(manifests, budget, key) or 0.0 for key in ("charged", "spent")]
         most = None if budget.money is None else budget.money * budget.spending_factor
-        found.append(Account(price.currency, paid[0], budget.money, paid[1], most))
+        found.append(Account(budget.price.currency, paid[0], budget.money, paid[1], most))
     return found
+
+
+def money(manifests: Manifests, budget: Budget, key: str = "charged") -> float | None:
+    """Price of the annotation queries, each teacher's by its own; of what was ``charged``, or ``spent``. None without a
+    price."""
+    found = []
+    for name in annotations(manifests):
+        amounts, price = fact(manifests, name, key), budget.price_of(teacher_named(name)[1])
+        if amounts and price:
+            found.append(price.of(amounts["prompt_tokens"], amounts["completion_tokens"]))
+    return float(sum(found)) if found else None
 
 
 def online_teacher_tokens(manifests: Manifests) -> int | None:

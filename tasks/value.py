@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.manifest import Manifest
-from tasks.accounts import annotations, fact, online_teacher_tokens, teacher_queries, total
+from tasks.accounts import annotations, fact, money, online_teacher_tokens, teacher_queries, total
 from tasks.config.budget import Budget
 from tasks.metrics import METRICS, Measured
 
@@ -49,15 +49,6 @@ def teacher_tokens(manifests: Manifests) -> int | None:
 def device_hours(manifests: Manifests) -> float:
     """Hours of the GPUs that each stage worked on; a machine without GPUs is one device."""
     return sum(manifest.seconds * manifest.facts.get("devices", 1) for manifest in manifests.values()) / 3600
-
-
-def money(manifests: Manifests, budget: Budget) -> float | None:
-    """Price of the annotation queries; None without a price."""
-    if budget.price is None:
-        return None
-    charged = [fact(manifests, name, "charged") for name in annotations(manifests)]
-    tokens = [(found["prompt_tokens"], found["completion_tokens"]) for found in charged if found]
-    return float(sum(budget.price.of(*pair) for pair in tokens)) if tokens else None
 
 
 def rates(manifests: Manifests, budget: Budget) -> list[Rate]:

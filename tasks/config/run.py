@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from tasks.config.base import Config
+from tasks.config.base import Config, absent
 from tasks.config.budget import Budget
 from tasks.config.document import parse, read_document
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
@@ -33,11 +33,6 @@ OPERATIONAL: Any = {
     "peers": {"teachers": {"__all__": {"engine": True, "model": {"service": True, "key_variable": True}}}},
     "mentor": {"engine": True},
 }
-
-
-def absent(value: Any) -> bool:
-    """Sections that came later are left out of what is hashed where they are not set: older runs keep their names."""
-    return value is None
 
 
 class SamplingConfig(Config):
@@ -201,12 +196,17 @@ class RunConfig(Config):
     def _peers_fit(self) -> None:
         """What several teachers ask of the rest of the settings."""
         if self.peers is None:
+            if self.budget.prices:
+                raise ValueError("budget.prices are those of further teachers, and there are none: set price")
             return
         if self.sampling.distributions:
             raise ValueError(
                 "sampling.distributions with peers: methods learn the first teacher's distributions, also on what the "
                 "others wrote: leave it out, and set annotated live"
             )
+        for name in self.budget.prices or {}:
+            if name not in self.peers.names[1:]:
+                raise ValueError(f"budget.prices: no further teacher is called {name!r}: name those of peers.teachers")
         known = [self.models.teacher]
         for number, peer in enumerate(self.peers.teachers):
             if peer.model in known:

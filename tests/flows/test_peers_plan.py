@@ -58,6 +58,9 @@ def test_a_plan_names_every_teachers_stages_and_who_trains(planned: Callable[...
     assert rows["review"] == 12
     assert "teachers: teacher, coder; who answers: everyone, peer review from 0.4 on" in plan.summary
     assert "switch: distributions are those of models.teacher, the first teacher" in plan.summary
+    free = {"coder": {"input": 0, "output": 0}}
+    assert plan.teacher_money == "2.736 USD"
+    assert planned(lambda data: data["budget"].update(prices=free)).teacher_money == "1.368 USD"
     rows = {stage.name: stage.rows for stage in planned(by_weight).stages}
     assert (rows["annotate"], rows["annotate-coder"]) == (3, 9)
 
@@ -91,6 +94,10 @@ def test_older_settings_keep_their_names(models: Path) -> None:
     [
         (lambda data: data["sampling"].update(distributions={"type": "top"}), "sampling.distributions with peers"),
         (lambda data: data["peers"]["teachers"][0].update(model=data["models"]["teacher"]), "is a teacher already"),
+        (
+            lambda data: data["budget"].update(prices={"poet": {"input": 1, "output": 1}}),
+            "no further teacher is called",
+        ),
         (
             lambda data: data["peers"]["teachers"][0].update(engine={"max_model_len": 64}),
             "peers.teachers.0.engine.max_model_len 64 is below",

@@ -1,5 +1,6 @@
 """Several teachers: who is asked what, what the others' scores decide, and that the accounts add up."""
 
+from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,23 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from infra.manifest import commit_manifest, read_rows
+from infra.manifest import commit_manifest, load_manifest, read_rows
 from infra.models import ModelRef
 from infra.store import LocalStore
 from tasks import schemas
 from tasks.accounts import accounts, funnel, in_order, title
-from tasks.config.budget import Budget
+from tasks.config.budget import Budget, Price
 from tasks.config.peers import Peers
+from tasks.config.signals import Sampling
 from tasks.keep import CONFIDENCE, KeepSettings
 from tasks.keep import run as run_keep
-from tasks.ledger import caps_between, caps_of
+from tasks.ledger import Amount, BudgetExhausted, Caps, SpendingExhausted, caps_between, caps_of
+from tasks.purse import Purse
 from tasks.review import ReviewSettings, mean_scores
 from tasks.review import run as run_review
 from tasks.routing import Further, Route, further, routed
-from tasks.stage import Stage, StageSpec
+from tasks.sample import SampleSettings
+from tasks.stage import Runtime, Stage, StageSpec
 
 TEACHERS = ["teacher", "coder", "poet"]
 SOURCES = ["sums", "code", "verse"]
@@ -198,3 +202,91 @@ def test_accounts_of_several_teachers_add_up(tmp_path: Path) -> None:
     assert (level.rows, level.warmup, level.note) == (20, 10, "teacher 10, coder 10")
     assert in_order(manifests) == list(manifests)
     assert title("annotate-coder") == "Teacher annotates what was chosen (coder)"
+
+
+PRICES = {"teacher": {"input": 0.1, "output": 0.3}, "coder": {"input": 2.7, "output": 0.9}}
+
+
+def spend(store: LocalStore, teacher: str, money: float, factor: float, before: str | None, least: float) -> str:
+    """An annotation stage that asks until its budget is spent; every third answer is lost once. Its manifest."""
+    caps = Caps(queries=10_000, money=money * least, price=Price.model_validate(PRICES[teacher]))
+    settings = SampleSettings(
+        role=teacher,
+        engine=teacher,
+        table="prompts",
+        sampling=Sampling(max_tokens=20),
+        caps=caps,
+        charged_by="before" if before else None,
+        prompt_tokens=12,
+    )
+    spending = {"caps": {"queries": 10_000, "money": money, "price": PRICES["teacher"]}, "factor": factor}
+    spec = StageSpec(
+        stage=f"annotate-{teacher}",
+        module="tasks.sample",
+        settings=settings.model_dump(mode="json"),
+        inputs={"before": before} if before else {},
+        root=store.uri,
+        runtime=Runtime(spending={**spending, "prices": {"coder": PRICES["coder"]}}),
+    )
+    stage = Stage(spec, settings)
+    purse = Purse(stage, caps)
+    worst, used = Amount(1, 12, 20), Amount(1, 7, 11)
+    for number in range(10_000):
+        try:
+            reservation = purse.ledger.reserve(number, {0: worst})
+            if reservation and number % 3 == 0:
+                purse.ledger.lose(reservation)
+                reservation = purse.ledger.reserve(number, {0: worst})
+        except BudgetExhausted:
+            break
+        assert reservation, "nothing else is under way"
+        purse.ledger.settle(reservation, {0: used})
+        purse.charge(number, [f"p{number}"], {0: used}, {0: "answered"})
+    assert 3 < number < 9_999
+    stage.facts.update(purse.facts(), queries=purse.ledger.charged.queries)
+    return commit_manifest(store, stage.manifest).path
+
+
+@pytest.mark.parametrize("order", [["teacher", "coder"], ["coder", "teacher"]])
+def test_teachers_with_prices_of_their_own_share_one_sum(tmp_path: Path, order: list[str]) -> None:
+    store, money = LocalStore(tmp_path), 1.1
+    first = spend(store, order[0], money, 9.0, None, least=0.5)
+    second = spend(store, order[1], money, 9.0, first, least=1.0)
+    found = {name: load_manifest(store, path).facts for name, path in zip(order, (first, second), strict=True)}
+    price = {name: Price.model_validate(own) for name, own in PRICES.items()}
+
+    def cost(name: str, key: str) -> Fraction:
+        return price[name].of(*(found[name][key][part] for part in ("prompt_tokens", "completion_tokens")))
+
+    for key in ("charged", "spent"):
+        in_all = cost("teacher", key) + cost("coder", key)
+        assert Fraction(found[order[1]]["paid"][key]) == in_all
+        assert found[order[1]][f"{key}_in_all"]["money"] == pytest.approx(float(in_all))
+    charged = cost("teacher", "charged") + cost("coder", "charged")
+    # Never above, and not one query more fits.
+    assert charged <= Fraction("1.1") < charged + price[order[1]].of(12, 20)
+    assert cost(order[0], "charged") <= Fraction("0.55") < cost(order[0], "charged") + price[order[0]].of(12, 20)
+    budget = Budget(queries=10_000, money=money, price=price["teacher"], prices={"coder": price["coder"]})
+    manifests = {"annotate": load_manifest(store, [first, second][order.index("teacher")])}
+    manifests["annotate-coder"] = load_manifest(store, [first, second][order.index("coder")])
+    account = accounts(manifests, budget)[-1]
+    assert (account.charged, account.spent) == pytest.approx(
+        (float(charged), float(cost("teacher", "spent") + cost("coder", "spent")))
+    )
+
+
+def test_what_is_sent_again_has_its_own_cap_at_every_price(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    first = spend(store, "teacher", 1.1, 9.0, None, least=0.5)
+    with pytest.raises(SpendingExhausted):
+        spend(store, "coder", 1.1, 1.05, first, least=1.0)
+    ledger = sorted(store.list("stages/annotate-coder"))
+    assert ledger, "it had asked before"
+
+
+def test_prices_of_nobody_are_refused() -> None:
+    price = Price.model_validate(PRICES["teacher"])
+    with pytest.raises(ValidationError, match=r"prices\.coder: it takes a price"):
+        Budget(queries=4, prices={"coder": price})
+    with pytest.raises(ValidationError, match="in the same currency"):
+        Budget(queries=4, price=price, prices={"coder": price.model_copy(update={"currency": "EUR"})})
