@@ -16,12 +16,10 @@ from flows.cycle import identities
 from flows.ends import StageDamaged, end_of
 from flows.runner import Runner, run_name
 from flows.story import Pipeline, Planner
+from flows.teachers import annotate, together
 from tasks.accounts import annotates
-from tasks.config.models import OpenAIModel
-from tasks.config.peers import FIRST
 from tasks.config.preset import Settings
 from tasks.config.run import OPERATIONAL
-from tasks.ledger import Caps, caps_between
 from tasks.promoted import Promotion
 
 
@@ -71,36 +69,6 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     # A warm start: the student that learns is the promoted one, and so is what it is compared with.
     warm = {"promoted": rival.manifest} if rival and found["warm"] else {}
 
-    def annotate(name: str, table: str, prompts: str, caps: list[Caps], before: dict[str, str]) -> dict[str, str]:
-        """The teachers answer in turn, as far as the budget goes; the samples by stage, in that order. ``before``: the
-        stage that was charged to it last."""
-        made: dict[str, str] = {}
-        for teacher, most in zip(config.teachers, caps, strict=True):
-            first, source = teacher == FIRST, config.served[teacher].source
-            settings = {"role": teacher, "engine": teacher, "table": table, "sampling": plain["sampling"]["teacher"]}
-            kept = {"logprobs": compares and first, "distributions": plain["sampling"]["distributions"]}
-            if most.money is not None:
-                most = most.model_copy(update={"price": budget.price_of(teacher)})
-            longest = None if isinstance(source, OpenAIModel) else config.prompts.max_prompt_tokens
-            charged = {"caps": most.model_dump(mode="json"), "charged_by": next(iter(before), None)}
-            settings |= {**kept, **shared, **charged, "prompt_tokens": longest, "seed": config.seed}
-            if config.peers:
-                routing = {"teacher": teacher, "teachers": config.teachers, "routing": plain["peers"]["routing"]}
-                settings["route"] = routing
-            own = name if first else f"{name}-{teacher}"
-            made[own] = stage(own, "tasks.sample", settings, models=models, prompts=prompts, **before)
-            before = {own: made[own]}
-        return made
-
-    def together(name: str, table: str, prompts: str, samples: dict[str, str]) -> str:
-        """Of several teachers, the answers side by side, and what each says of the others'."""
-        if not config.peers:
-            return next(iter(samples.values()))
-        here = [name for name in config.teachers if not isinstance(config.served[name].source, OpenAIModel)]
-        reviewed = {"reviewers": here, "confidence": plain["signals"]["confidence"]} if config.peers.review else {}
-        settings = {"table": table, "samples": dict(zip(config.teachers, samples, strict=True)), **reviewed, **shared}
-        return stage(name, "tasks.review", settings, models=models, prompts=prompts, **samples)
-
     def keep(name: str, table: str, prompts: str, samples: str, charged: bool = True) -> str:
         """The TA scores the teachers' answers; a rule keeps or drops them. What nobody was charged for is a mentor's,
         which nobody reviews."""
@@ -117,10 +85,9 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     models, prompts = prepare(pipeline, found)
 
     # Warm up: a small share of the budget on random prompts makes a student whose signals mean something.
-    parts = config.peers.parts() if config.peers else [1.0]
-    share = budget.warmup_share
-    warmup_samples = annotate("warmup-annotate", "warmup", prompts, caps_between(budget, 0.0, share, parts), {})
-    warmup_answers = together("warmup-review", "warmup", prompts, warmup_samples)
+    share, at_warmup = budget.warmup_share, {"table": "warmup", **shared}
+    warmup_samples = annotate(pipeline, "warmup-annotate", (0.0, share), {}, at_warmup, models, prompts)
+    warmup_answers = together(pipeline, "warmup-review", warmup_samples, at_warmup, models, prompts)
     warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_answers)
     warmup = stage(
         "warmup-train",
@@ -171,9 +138,10 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     )
 
     # Annotate: the rest of the budget, on the selected prompts.
-    charged = dict([list(warmup_samples.items())[-1]])
-    samples = annotate("annotate", "selected", selected, caps_between(budget, share, 1.0, parts), charged)
-    answers = together("review", "selected", selected, samples)
+    last, at_selected = next(reversed(warmup_samples)), {"table": "selected", **shared}
+    charged = {last: warmup_samples[last]}
+    samples = annotate(pipeline, "annotate", (share, 1.0), charged, at_selected, models, selected)
+    answers = together(pipeline, "review", samples, at_selected, models, selected)
     kept = keep("keep", "selected", selected, answers)
 
     # Mentor: a model between both learns what was kept, and annotates prompts that the teacher was not asked about.
