@@ -136,12 +136,12 @@ def estimate(config: RunConfig) -> Estimate:
     asked, heldout = candidates(config), config.prompts.heldout
     written, own = config.sampling.teacher, config.sampling.student
     annotate("warmup-annotate", warmup)
-    sample("warmup-keep", warmup, 1, config.prompts.max_prompt_tokens, assistant)
+    sample("warmup-keep", warmup, config.queries_per_prompt, config.prompts.max_prompt_tokens, assistant)
     fit("warmup-train", config.warmup)
     sample("student-sample", asked, own.samples, own.max_tokens, student)
     sample("select", asked, 1, config.prompts.max_prompt_tokens, assistant)
     annotate("annotate", rest)
-    sample("keep", rest, 1, config.prompts.max_prompt_tokens, assistant)
+    sample("keep", rest, config.queries_per_prompt, config.prompts.max_prompt_tokens, assistant)
     if mentor := config.mentor:
         further = min(mentor.prompts, max(0, asked - rest) or mentor.prompts)
         fit("mentor-train", mentor.train, sizes["mentor"])

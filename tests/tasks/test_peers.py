@@ -25,6 +25,7 @@ from tasks.review import ReviewSettings, mean_scores
 from tasks.review import run as run_review
 from tasks.routing import Further, Route, further, routed
 from tasks.sample import SampleSettings
+from tasks.sample import run as run_sample
 from tasks.stage import Runtime, Stage, StageSpec
 
 TEACHERS = ["teacher", "coder", "poet"]
@@ -290,3 +291,21 @@ def test_prices_of_nobody_are_refused() -> None:
         Budget(queries=4, prices={"coder": price})
     with pytest.raises(ValidationError, match="in the same currency"):
         Budget(queries=4, price=price, prices={"coder": price.model_copy(update={"currency": "EUR"})})
+
+
+def test_a_teacher_without_prompts_of_its_own_starts_no_engine_and_leaves_every_shard(tmp_path: Path) -> None:
+    written = Written(tmp_path)
+    routing = {"type": "by_source", "specialists": {"code": "coder"}}
+    values = {
+        **{"role": "poet", "engine": "poet", "table": "warmup", "shard_size": 2, "sampling": {"max_tokens": 4}},
+        **{"route": {"teacher": "poet", "teachers": TEACHERS, "routing": routing}, "caps": {"queries": 6}},
+        "prompt_tokens": 9,
+    }
+    stage = written.stage("warmup-annotate-poet", SampleSettings, values, written.inputs)
+    run_sample(stage)
+    tables = stage.manifest.tables
+    assert (
+        [part.rows for part in tables["samples"].parts] == [part.rows for part in tables["queries"].parts] == [0, 0, 0]
+    )
+    assert stage.facts["queries"] == 0
+    assert stage.facts["charged_in_all"]["queries"] == 0
