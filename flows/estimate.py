@@ -159,15 +159,13 @@ def estimate(config: RunConfig) -> Estimate:
     read, answered = (result.teacher_queries * most for most in (config.prompts.max_prompt_tokens, written.max_tokens))
     result.teacher_tokens = min(read + answered, config.budget.tokens or read + answered)
     if config.budget.price is not None:
-        # Of each teacher so many answers.
-        written_by = {
-            role: (warmup + rest) * part for role, part in zip(config.teachers, answering(config), strict=True)
-        }
-        most = sum(
-            float(price.of(read, answered)) * count * written.samples / result.teacher_queries
-            for role, count in written_by.items()
-            if (price := config.budget.price_of(role))
-        )
+        prices = [config.budget.price_of(role) or config.budget.price for role in config.teachers]
+        # What it would come to if all were asked of one teacher.
+        alone = [float(price.of(read, answered)) for price in prices]
+        parts = answering(config)
+        most = sum(own * part for own, part in zip(alone, parts, strict=True)) / sum(parts)
+        if config.peers and isinstance(config.peers.routing, BySource):
+            most = max(alone)
         result.teacher_money = f"{min(most, config.budget.money or most):,.4g} {config.budget.price.currency}"
     width = 2 if gpu else 4
     # Roles with the same model and settings share their engines.
@@ -180,9 +178,12 @@ def estimate(config: RunConfig) -> Estimate:
     }
     engines = sum(serving.values())
     beside = teacher if config.train.method.asks_teacher else 0
-    training = (16 * student + width * beside) / GIB + 2 * PROCESS_GIB
+    between = sizes.get("mentor", 0.0)
+    training = max(16 * student + width * beside, 16 * between) / GIB + 2 * PROCESS_GIB
     result.memory_gib = SERVICES_GIB + (
         max(engines, training) if config.resources.release_engines else engines + training
     )
-    result.disk_gib = (4 * (teacher + student) + 12 * student * (1 + config.train.keep_checkpoints)) / GIB + 0.1
+    trained = 12 * student * (1 + config.train.keep_checkpoints)
+    trained += 12 * between * (1 + config.mentor.train.keep_checkpoints) if config.mentor else 0
+    result.disk_gib = (4 * (teacher + student) + trained) / GIB + 0.1
     return result
