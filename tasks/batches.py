@@ -46,20 +46,26 @@ def read_data(
     max_length: int,
     max_new_tokens: int,
     stored: bool = False,
+    soft: list[Manifest] | None = None,
 ) -> Data:
     """Kept rows and charged prompts of all inputs; ``max_new_tokens`` 0: the method starts no rollouts; ``stored``:
-    rows bring the teacher's distributions along.
+    rows bring the teacher's distributions along; ``soft``: inputs with a mentor's rows, which bring the mentor's.
 
     The side of a prompt, training or validation, is drawn by its id and the seed: all its rows fall on one side, in
-    every stage of a run, and no rollout starts from a validation prompt.
+    every stage of a run, and no rollout starts from a validation prompt. A mentor's rows are trained on only: what it
+    wrote is no measure of the student.
     """
     kept = _concat(store, inputs, "kept", KEPT, [*KEPT_COLUMNS, "distributions"] if stored else KEPT_COLUMNS)
+    if soft is not None:
+        kept = _beside(kept, _concat(store, soft, "kept", KEPT, [*KEPT_COLUMNS, "distributions"]))
     prompt_T, response_T = (pc.list_value_length(kept[name]) for name in ("prompt_token_ids", "token_ids"))
     short = pc.less_equal(pc.add(prompt_T, response_T), max_length)
     empty = pc.equal(pc.multiply(prompt_T, response_T), 0)
     left_out = {"rows_too_long": _count(pc.invert(short)), "rows_empty": _count(empty)}
     kept = kept.filter(pc.and_not(short, empty))
     held_out = _held_out(kept, seed, validation_share)
+    if soft is not None:
+        held_out = pc.and_not(held_out, kept["soft"])
 
     prompts = CHARGED.empty_table().select(CHARGED_COLUMNS)
     if max_new_tokens:
@@ -76,6 +82,16 @@ def read_data(
 def _concat(store: Store, inputs: list[Manifest], table: str, schema: pa.Schema, columns: list[str]) -> pa.Table:
     parts = (part for manifest in inputs for part in read_table(store, manifest, table, columns))
     return pa.concat_tables([schema.empty_table().select(columns), *parts])
+
+
+def _beside(kept: pa.Table, soft: pa.Table) -> pa.Table:
+    """Rows with a mentor's behind them; column ``soft`` tells them apart."""
+    if "distributions" not in kept.column_names:
+        kept = kept.append_column("distributions", pa.nulls(kept.num_rows, pa.binary()))
+    return pa.concat_tables(
+        table.append_column("soft", pa.array([flag] * table.num_rows, pa.bool_()))
+        for flag, table in ((False, kept), (True, soft))
+    )
 
 
 def _count(mask: pa.BooleanArray) -> int:
@@ -111,8 +127,8 @@ class Order:
 @dataclass(frozen=True)
 class Sequence:
     """A prompt and a response. ``teacher_hidden_TG``: what the teacher's projection saw at each response position;
-    ``distributions``: the teacher's there, as the annotation kept them; ``drawn_2T``: of each token the log-probability
-    it was drawn with, and its advantage, where the method has such."""
+    ``distributions``: the teacher's there, as the annotation kept them, or with ``soft`` a mentor's; ``drawn_2T``: of
+    each token the log-probability it was drawn with, and its advantage, where the method has such."""
 
     name: str
     prompt: Tensor
@@ -121,6 +137,7 @@ class Sequence:
     on_policy: bool = False
     teacher_hidden_TG: Tensor | None = None
     distributions: bytes | None = None
+    soft: bool = False
     drawn_2T: Tensor | None = None
 
     def __len__(self) -> int:
@@ -130,7 +147,8 @@ class Sequence:
 def row_sequence(rows: pa.Table, index: int) -> Sequence:
     row = rows.slice(index, 1).to_pylist()[0]
     prompt, response = torch.tensor(row["prompt_token_ids"]), torch.tensor(row["token_ids"])
-    return Sequence(row["row_id"], prompt, response, row["weight"], distributions=row.get("distributions"))
+    labels = {"distributions": row.get("distributions"), "soft": row.get("soft", False)}
+    return Sequence(row["row_id"], prompt, response, row["weight"], **labels)
 
 
 def prompt_of(prompts: pa.Table, index: int) -> tuple[str, Tensor]:

@@ -22,6 +22,7 @@ from tasks.calibrate import Fit, fitted
 from tasks.config.base import Config
 from tasks.config.signals import Confidence, Keep, PTrue
 from tasks.engines import Call, engines, model_of
+from tasks.review import mean_scores
 from tasks.sample import slices
 from tasks.score import as_confidence, confidence_call
 from tasks.stage import Stage, main
@@ -43,6 +44,10 @@ class KeepSettings(Config):
     """The rule."""
     template_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template."""
+    peer_review: float | None = None
+    """Least mean score by the other teachers (tables of ``tasks.review`` beside the samples); none where absent."""
+    charges: bool = True
+    """Whether the samples were charged to the budget: rollouts start from charged prompts only."""
     validation_share: float = 0.0
     """Training's: which prompts are validation, where the confidence is calibrated."""
     seed: int = 0
@@ -126,6 +131,15 @@ def reason(keep: Keep, least: float, sample: dict[str, Any], confidence: float) 
     return "kept" if confidence >= least else "below_threshold"
 
 
+def doubts(stage: Stage[KeepSettings], shard: int, samples: pa.Table) -> set[str]:
+    """Ids of a shard's samples that the other teachers' mean score is too low for, or that none of them could score."""
+    least = stage.settings.peer_review
+    if least is None:
+        return set()
+    scores = mean_scores(stage.store, stage.input("samples"), shard)
+    return {name for name in samples["sample_id"].to_pylist() if scores.get(name, -1.0) < least}
+
+
 def choose(keep: Keep, scores: list[dict[str, Any]], confidences: list[float]) -> None:
     """Of several kept annotations of a prompt leave one: the majority's by final answer where that is the rule, and
     among these the one that the TA trusts most. The others are dropped as ``not_chosen``."""
@@ -154,10 +168,12 @@ def filter_shard(
 ) -> None:
     """Commit one shard's scores, kept rows and charged prompts."""
     keep, rows = stage.settings.keep, samples.to_pylist()
+    doubted = doubts(stage, shard, samples)
     scores, kept = [], []
     deciding = (fit.map(confidences) if fit else confidences).tolist()
     for prompt, sample, raw, confidence in zip(prompts, rows, confidences.tolist(), deciding, strict=True):
         why = reason(keep, least, sample, confidence)
+        why = "peer_review" if why == "kept" and sample["sample_id"] in doubted else why
         scores.append(
             {
                 **{name: sample[name] for name in ("sample_id", "prompt_id", "text")},
@@ -190,6 +206,7 @@ def filter_shard(
             "prompt_token_ids": sample["prompt_token_ids"],
         }
         for prompt, sample in zip(prompts, rows, strict=True)
+        if stage.settings.charges
     }
     stage.commit("scores", shard, pa.Table.from_pylist(scores, schema=schemas.SCORE))
     stage.commit("kept", shard, pa.Table.from_pylist(kept, schema=schemas.KEPT))
