@@ -76,12 +76,13 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         settings |= {**kept, **shared, **charged, "seed": config.seed}
         return stage(name, "tasks.sample", settings, models=models, prompts=prompts, **before)
 
-    def keep(name: str, table: str, prompts: str, samples: str) -> str:
-        """The TA scores the teacher's answers; a rule keeps or drops them."""
-        settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": plain["signals"]["keep"]}
+    def keep(name: str, table: str, prompts: str, samples: str, **own: str) -> str:
+        """The TA scores the teacher's answers; a rule keeps or drops them. ``own``: the student's that may stand in."""
+        rule = {key: value for key, value in plain["signals"]["keep"].items() if own or key != "stand_in"}
+        settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": rule}
         if config.signals.keep.calibrate:
             settings |= {"validation_share": config.train.validation_share, "seed": config.seed}
-        return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples)
+        return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples, **own)
 
     # Prepare: models that load anywhere; prompts that are whole, new and apart from the held-out ones.
     models, prompts = prepare(pipeline, found)
@@ -139,7 +140,8 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
 
     # Annotate: the rest of the budget, on the selected prompts.
     samples = annotate("annotate", "selected", selected, caps_of(budget), warmup_annotate=warmup_samples)
-    kept = keep("keep", "selected", selected, samples)
+    own = {"select": selected, "student_sample": student_samples} if config.signals.keep.stand_in else {}
+    kept = keep("keep", "selected", selected, samples, **own)
 
     # Replay: rows that earlier runs kept, so that the student does not forget them.
     replayed = {}

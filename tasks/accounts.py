@@ -97,6 +97,7 @@ def funnel(manifests: Manifests) -> list[Level]:
     read = (fact(manifests, "prompts", "counts") or {}).get("read") or total((prompts, heldout, refused))
     queried = [fact(manifests, name, "queries") for name in ANNOTATIONS]
     kept = [rows(manifests, name, "kept") for name in ("warmup-keep", "keep")]
+    own = fact(manifests, "keep", "stand_ins")
     trained = (fact(manifests, "train", "data") or fact(manifests, "warmup-train", "data") or {}).get("rows")
     aside = (fact(manifests, "train", "data") or {}).get("validation_rows")
     levels = [
@@ -104,7 +105,7 @@ def funnel(manifests: Manifests) -> list[Level]:
         ("Prompts to learn from", prompts, warmup, f"{heldout:,} more held out for the evaluation" if heldout else ""),
         ("Candidates the student answered", rows(manifests, "select", "signals"), None, ""),
         ("Teacher queries", total(queried), queried[0], ""),
-        ("Annotations kept", total(kept), kept[0], ""),
+        ("Annotations kept", total(kept), kept[0], f"{own:,} of them the student's own text" if own else ""),
         ("Rows trained on", trained, None, f"{aside:,} more set aside for validation" if aside else ""),
     ]
     return [Level(name, count, warm or 0, note) for name, count, warm, note in levels if count is not None]

@@ -9,6 +9,12 @@ from pydantic_core import CoreSchema
 from tasks.config import form
 
 
+def absent(value: Any) -> bool:
+    """For ``exclude_if`` of a setting that came later than others: where it is not set, runs and results keep the names
+    they had before."""
+    return value is None
+
+
 class Config(BaseModel):
     """Immutable settings. Import-light: no torch, ray or vllm below ``tasks/config``."""
 

@@ -135,10 +135,7 @@ class RunConfig(Config):
                     f"{name}.method.annotated stored needs the teacher's distributions: set sampling.distributions "
                     "({type: top} will do), or annotated live"
                 )
-        if self.signals.keep.calibrate and self.prompts.verifier == "none":
-            raise ValueError("signals.keep.calibrate needs known answers, and prompts.verifier is none: remove one")
-        if self.signals.keep.calibrate and not self.train.validation_share:
-            raise ValueError("signals.keep.calibrate needs validation prompts: raise train.validation_share above 0")
+        self._kept()
         rest = self.selected_prompts
         if self.signals.candidates is not None and self.signals.candidates < rest:
             raise ValueError(
@@ -155,6 +152,28 @@ class RunConfig(Config):
                     f"{self.prompts.max_prompt_tokens} + sampling.{role}.max_tokens {sampling.max_tokens}: raise it"
                 )
         return self
+
+    def _kept(self) -> None:
+        """What keeping needs of prompts, models and training."""
+        keep, longest = self.signals.keep, self.prompts.max_prompt_tokens
+        if keep.calibrate and self.prompts.verifier == "none":
+            raise ValueError("signals.keep.calibrate needs known answers, and prompts.verifier is none: remove one")
+        if keep.calibrate and not self.train.validation_share:
+            raise ValueError("signals.keep.calibrate needs validation prompts: raise train.validation_share above 0")
+        if keep.agreement and self.prompts.verifier == "none":
+            raise ValueError("signals.keep.agreement compares final answers, and prompts.verifier is none: remove one")
+        if keep.agreement and longest + keep.agreement.max_tokens > self.engines.assistant.max_model_len:
+            raise ValueError(
+                f"engines.assistant.max_model_len {self.engines.assistant.max_model_len} is below "
+                f"prompts.max_prompt_tokens {longest} + signals.keep.agreement.max_tokens {keep.agreement.max_tokens}: "
+                "raise it"
+            )
+        method = self.train.method
+        if keep.stand_in and method.compares and method.annotated == "stored":
+            raise ValueError(
+                "signals.keep.stand_in trains on text of the student, of which no distributions of the teacher are "
+                "stored: set train.method.annotated live, or leave stand_in out"
+            )
 
     def _recurs(self) -> None:
         """What only makes sense in runs that follow each other, and what does not make sense in them."""

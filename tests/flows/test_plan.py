@@ -82,6 +82,21 @@ def test_calibrated_keeping_depends_on_which_prompts_are_validation(planned: Cal
     assert not set(keeping({}, 0.1)) & set(keeping({}, 0.2))
 
 
+def test_settings_that_are_not_set_name_nothing_anew(planned: Callable[..., Plan]) -> None:
+    def keeping(**rule: Any) -> dict[str, str]:
+        def change(data: dict[str, Any]) -> None:
+            data["signals"]["keep"].update(rule)
+            data["train"]["method"]["annotated"] = "live"
+
+        return {stage.name: stage.fingerprint for stage in planned(change).stages}
+
+    plain = keeping()
+    assert keeping(agreement=None, stand_in=None) == plain
+    changed = {name for name, mark in keeping(stand_in={"margin": 0.3}).items() if mark != plain[name]}
+    assert changed == {"keep", "train", "evaluate-after", "report"}
+    assert keeping(agreement={"max_tokens": 8})["warmup-keep"] != plain["warmup-keep"]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
