@@ -76,6 +76,19 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         settings |= {**kept, **shared, **charged, "seed": config.seed}
         return stage(name, "tasks.sample", settings, models=models, prompts=prompts, **before)
 
+    def auxiliary(name: str, table: str, prompts: str, caps: Caps, before: str, path: str) -> dict[str, str]:
+        """What the teacher is asked beside the answers, charged to the same budget behind stage ``before``; its stage
+        by name, none where nothing is."""
+        if not (beside := config.auxiliary):
+            return {}
+        sampling = {**plain["sampling"]["teacher"], "max_tokens": beside.max_tokens, "samples": 1}
+        settings = {"role": "auxiliary", "engine": "teacher", "table": table, "sampling": sampling}
+        settings |= {"template": beside.template, "weight": beside.weight}
+        settings |= {"drop_truncated": config.signals.keep.drop_truncated, "seed": config.seed, **shared}
+        settings |= {"distributions": plain["sampling"]["distributions"], "caps": caps.model_dump(mode="json")}
+        settings |= {"charged_by": before, "prompt_tokens": longest and longest + beside.template_tokens}
+        return {name: stage(name, "tasks.auxiliary", settings, models=models, prompts=prompts, **{before: path})}
+
     def keep(name: str, table: str, prompts: str, samples: str, **own: str) -> str:
         """The TA scores the teacher's answers; a rule keeps or drops them. ``own``: the student's that may stand in."""
         rule = {key: value for key, value in plain["signals"]["keep"].items() if own or key != "stand_in"}
@@ -88,8 +101,10 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     models, prompts = prepare(pipeline, found)
 
     # Warm up: a small share of the budget on random prompts makes a student whose signals mean something.
-    warmup_samples = annotate("warmup-annotate", "warmup", prompts, caps_of(budget, budget.warmup_share))
+    warmup_caps = caps_of(budget, budget.warmup_share)
+    warmup_samples = annotate("warmup-annotate", "warmup", prompts, warmup_caps)
     warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_samples)
+    beside = auxiliary("warmup-auxiliary", "warmup", prompts, warmup_caps, "warmup-annotate", warmup_samples)
     warmup = stage(
         "warmup-train",
         "tasks.train",
@@ -99,10 +114,12 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "student_input": "promoted" if warm else "models",
             "rows": ["warmup-keep"],
             "stage_name": "warmup",
+            **({"auxiliary": list(beside)} if beside else {}),
         },
         models=models,
         warmup_keep=warmup_kept,
         **warm,
+        **beside,
     )
 
     # Signals: where the student contradicts itself, and where the TA doubts it, the teacher is worth asking.
@@ -139,9 +156,11 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     )
 
     # Annotate: the rest of the budget, on the selected prompts.
-    samples = annotate("annotate", "selected", selected, caps_of(budget), warmup_annotate=warmup_samples)
+    charged = beside or {"warmup-annotate": warmup_samples}
+    samples = annotate("annotate", "selected", selected, caps_of(budget), **charged)
     own = {"select": selected, "student_sample": student_samples} if config.signals.keep.stand_in else {}
     kept = keep("keep", "selected", selected, samples, **own)
+    beside |= auxiliary("auxiliary", "selected", selected, caps_of(budget), "annotate", samples)
 
     # Replay: rows that earlier runs kept, so that the student does not forget them.
     replayed = {}
@@ -170,12 +189,14 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "rows": ["warmup-keep", "keep", *replayed],
             "stage_name": "train",
             "online_teacher_tokens": budget.online_teacher_tokens,
+            **({"auxiliary": list(beside)} if beside else {}),
         },
         models=models,
         warmup_train=warmup,
         warmup_keep=warmup_kept,
         keep=kept,
         **replayed,
+        **beside,
         **({"annotate": samples, "student_sample": student_samples} if compares else {}),
     )
 
@@ -240,6 +261,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         evaluate_before=before,
         evaluate_after=after,
         **replayed,
+        **beside,
     )
 
 

@@ -99,6 +99,10 @@ def estimate(config: RunConfig) -> Estimate:
             each = max(pace, ANSWER_SECONDS / service.concurrency)
             result.stages[name].seconds = start + result.stages[name].rows * each
 
+    def targets(name: str, prompts: int) -> None:
+        if beside := config.auxiliary:
+            sample(name, prompts, 1, beside.max_tokens, teacher)
+
     def fit(name: str, settings: TrainConfig) -> None:
         tokens = int(settings.steps * settings.batch_size * settings.max_length * FILL)
         flops = 6 * student * tokens
@@ -115,11 +119,13 @@ def estimate(config: RunConfig) -> Estimate:
     written, own = config.sampling.teacher, config.sampling.student
     annotate("warmup-annotate", warmup)
     sample("warmup-keep", warmup, 1, config.prompts.max_prompt_tokens, assistant)
+    targets("warmup-auxiliary", warmup)
     fit("warmup-train", config.warmup)
     sample("student-sample", asked, own.samples, own.max_tokens, student)
     sample("select", asked, 1, config.prompts.max_prompt_tokens, assistant)
     annotate("annotate", rest)
     sample("keep", rest, 1, config.prompts.max_prompt_tokens, assistant)
+    targets("auxiliary", rest)
     fit("train", config.train)
     seeds, length = len(config.evaluate.seeds), config.evaluate.max_tokens
     sample("evaluate-before", heldout, seeds, length, teacher + student)
@@ -127,8 +133,11 @@ def estimate(config: RunConfig) -> Estimate:
     for name, starts in (("models", 2), ("prompts", 1), ("report", 1)):
         result.stages[name] = Cost(seconds=starts * start)
 
-    result.teacher_queries = (warmup + rest) * written.samples
-    read, answered = (result.teacher_queries * most for most in (config.prompts.max_prompt_tokens, written.max_tokens))
+    result.teacher_queries = (warmup + rest) * config.prompt_queries
+    longest, prompts = config.prompts.max_prompt_tokens, warmup + rest
+    read, answered = (prompts * written.samples * most for most in (longest, written.max_tokens))
+    if beside := config.auxiliary:
+        read, answered = read + prompts * (longest + beside.template_tokens), answered + prompts * beside.max_tokens
     result.teacher_tokens = min(read + answered, config.budget.tokens or read + answered)
     if (price := config.budget.price) is not None:
         most = float(price.of(read, answered))

@@ -146,7 +146,10 @@ def enough(config: RunConfig) -> list[str]:
 def affordable(config: RunConfig) -> list[str]:
     """Tokens and money of each stage cover the worst case of one prompt at least."""
     budget, sampling = config.budget, config.sampling.teacher
-    worst = Amount(1, config.prompts.max_prompt_tokens, sampling.max_tokens) * sampling.samples
+    read, beside = config.prompts.max_prompt_tokens, config.auxiliary
+    worst = Amount(1, read, sampling.max_tokens) * sampling.samples
+    if beside:
+        worst += Amount(1, read + beside.template_tokens, beside.max_tokens)
     found = []
     for unit in ("tokens", "money"):
         caps = caps_of(budget.model_copy(update={"money": None} if unit == "tokens" else {"tokens": None}))

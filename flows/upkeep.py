@@ -93,6 +93,8 @@ WAY = (
     ("keep", "scores", "sample_id", "TA's score"),
     ("annotate", "samples", "sample_id", "teacher's answer"),
     ("student-sample", "samples", "sample_id", "student's answer that stands in"),
+    ("auxiliary", "kept", "row_id", "training row"),
+    ("auxiliary", "samples", "sample_id", "teacher's auxiliary target"),
 )
 
 

@@ -13,19 +13,22 @@ STAGES = {
     "prompts": "Prompts read and cleaned",
     "warmup-annotate": "Teacher annotates for the warm-up",
     "warmup-keep": "TA scores the warm-up's annotations",
+    "warmup-auxiliary": "Teacher writes the warm-up's auxiliary targets",
     "warmup-train": "Stage 1: warm-up training",
     "student-sample": "Warmed-up student answers candidates",
     "select": "TA scores the student, queries are chosen",
     "annotate": "Teacher annotates what was chosen",
     "keep": "TA scores these annotations",
+    "auxiliary": "Teacher writes auxiliary targets of what was chosen",
     "replay": "Rows of earlier runs drawn for replay",
     "train": "Stage 2: training",
     "evaluate-before": "Base student and teacher evaluated",
     "evaluate-after": "Trained students evaluated",
 }
 Manifests = dict[str, Manifest]
-# Stages whose queries are charged to the budget.
-ANNOTATIONS = ("warmup-annotate", "annotate")
+# Stages whose queries are charged to the budget, in their order; the first ones are the warm-up's.
+WARMUP = ("warmup-annotate", "warmup-auxiliary")
+ANNOTATIONS = (*WARMUP, "annotate", "auxiliary")
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,9 @@ def funnel(manifests: Manifests) -> list[Level]:
     )
     # Some prompts may be read for the held-out set and not be needed there.
     read = (fact(manifests, "prompts", "counts") or {}).get("read") or total((prompts, heldout, refused))
-    queried = [fact(manifests, name, "queries") for name in ANNOTATIONS]
+    queried = [total(fact(manifests, name, "queries") for name in names) for names in (ANNOTATIONS, WARMUP)]
     kept = [rows(manifests, name, "kept") for name in ("warmup-keep", "keep")]
+    beside = [rows(manifests, name, "kept") for name in ("warmup-auxiliary", "auxiliary")]
     own = fact(manifests, "keep", "stand_ins")
     trained = (fact(manifests, "train", "data") or fact(manifests, "warmup-train", "data") or {}).get("rows")
     aside = (fact(manifests, "train", "data") or {}).get("validation_rows")
@@ -104,8 +108,9 @@ def funnel(manifests: Manifests) -> list[Level]:
         ("Rows read", read, None, ""),
         ("Prompts to learn from", prompts, warmup, f"{heldout:,} more held out for the evaluation" if heldout else ""),
         ("Candidates the student answered", rows(manifests, "select", "signals"), None, ""),
-        ("Teacher queries", total(queried), queried[0], ""),
+        ("Teacher queries", *queried, ""),
         ("Annotations kept", total(kept), kept[0], f"{own:,} of them the student's own text" if own else ""),
+        ("Auxiliary targets kept", total(beside), beside[0], ""),
         ("Rows trained on", trained, None, f"{aside:,} more set aside for validation" if aside else ""),
     ]
     return [Level(name, count, warm or 0, note) for name, count, warm, note in levels if count is not None]

@@ -32,6 +32,8 @@ REFUSALS = (
     ("select", "signals", "Candidates"),
     ("warmup-keep", "scores", "Warm-up annotations"),
     ("keep", "scores", "Later annotations"),
+    ("warmup-auxiliary", "targets", "Auxiliary targets of the warm-up"),
+    ("auxiliary", "targets", "Later auxiliary targets"),
 )
 
 

@@ -11,6 +11,7 @@ from tasks.config.train import TrainConfig
 class Plan(BaseModel):
     root: str
     rows: list[str]  # manifests with tables ``kept`` and ``charged``
+    auxiliary: list[str] = []  # the same with tables ``kept`` alone: rows that no validation is by
     student: ModelRef
     teacher: ModelRef | None  # whose distributions are learned
     loads_teacher: bool = True  # False: all of them were stored with the rows

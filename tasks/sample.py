@@ -18,6 +18,7 @@ from infra.models import ModelRef
 from tasks import schemas
 from tasks.asking import Asking, Shard
 from tasks.calls import Call
+from tasks.config.auxiliary import PLACE
 from tasks.config.base import Config
 from tasks.config.signals import Distributions, SampledTokens, Sampling, TopTokens
 from tasks.distributions import best_tokens, read_again
@@ -42,6 +43,8 @@ class SampleSettings(Config):
     """Input manifest whose ``student`` is answered with; the engine's own model where absent."""
     table: str
     """Table of the input ``prompts``."""
+    template: str | None = None
+    """What is asked in place of each prompt's last user turn, which it holds as {question}; absent: the prompt."""
     limit: int | None = None
     """Only so many of its prompts."""
     sampling: Sampling
@@ -75,6 +78,20 @@ def slices(
             yield shard, part.slice(start, min(size, left - start))
             shard += 1
         left -= min(left, part.num_rows)
+
+
+def worded(prompts: list[dict[str, Any]], template: str | None) -> list[dict[str, Any]]:
+    """The prompts with the template around their last user turn; as they are without one."""
+    if template is None:
+        return prompts
+    found = []
+    for prompt in prompts:
+        messages = list(prompt["messages"])
+        place = max((n for n, turn in enumerate(messages) if turn["role"] == "user"), default=len(messages) - 1)
+        content = template.replace(PLACE, messages[place]["content"])
+        messages[place] = {**messages[place], "content": content}
+        found.append({**prompt, "messages": messages})
+    return found
 
 
 def sample_seed(*parts: Any) -> int:
@@ -127,7 +144,7 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
     def shards() -> Iterator[Shard]:
         for number, prompts in slices(stage, "prompts", settings.table, settings.shard_size, settings.limit):
             if number not in done:
-                yield Shard(number, prompts.to_pylist())
+                yield Shard(number, worded(prompts.to_pylist(), settings.template))
 
     def call(prompts: list[dict[str, Any]], spare: int) -> Call:
         ids = [prompt["prompt_id"] for prompt in prompts]
@@ -194,7 +211,8 @@ def run(stage: Stage[SampleSettings]) -> None:
     if purse:
         stage.close_table("queries", schemas.QUERY)
         stage.facts.update(purse.facts(), queries=purse.ledger.charged.queries)
-        if not rows:
+        # What is asked beside the answers gets what they left.
+        if not rows and settings.template is None:
             raise ValueError(f"budget: it covers not one prompt of {settings.table}; left are {purse.left()['left']}")
 
 

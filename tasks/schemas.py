@@ -84,7 +84,19 @@ SCORE = pa.schema(
     ]
 )
 
-# One training row: an annotation that was kept, or the student's text that stands in.
+# What the teacher said to a prompt's auxiliary question, kept or not.
+TARGET = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("text", pa.string()),
+        ("kept", pa.bool_()),
+        ("reason", pa.string()),  # kept | empty | truncated
+    ]
+)
+
+# One training row: an annotation that was kept, the student's text that stands in, or an auxiliary target.
 KEPT = pa.schema(
     [
         ("row_id", pa.string()),

@@ -39,6 +39,8 @@ class TrainSettings(Config):
     the training models on them."""
     rows: list[str]
     """Inputs with tables ``kept`` and ``charged``."""
+    auxiliary: list[str] = Field(default_factory=list)
+    """Inputs whose table ``kept`` has auxiliary targets: never validated by, nor rolled out from."""
     stage_name: Literal["warmup", "train"]
     """Which stage this is: it names the noise of its rollouts."""
     online_teacher_tokens: int | None = None
@@ -71,6 +73,7 @@ def plan_of(stage: Stage[TrainSettings]) -> Plan:
     return Plan(
         root=stage.store.uri,
         rows=[stage.input(name).path for name in settings.rows],
+        auxiliary=[stage.input(name).path for name in settings.auxiliary],
         student=student,
         teacher=teacher,
         loads_teacher=settings.train.method.asks_teacher,

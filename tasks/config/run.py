@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from tasks.config.base import Config
+from tasks.config.auxiliary import Auxiliary
+from tasks.config.base import Config, absent
 from tasks.config.budget import Budget
 from tasks.config.document import parse, read_document
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
@@ -87,6 +88,8 @@ class RunConfig(Config):
     """How teacher and student write."""
     signals: Signals = Signals()
     """What steers the queries and the filter."""
+    auxiliary: Auxiliary | None = Field(default=None, exclude_if=absent)
+    """What the teacher is asked beside each answer, for the student to learn too. Absent: nothing."""
     warmup: TrainConfig = TrainConfig(method=Sft(), steps=40)
     """Stage 1."""
     train: TrainConfig = TrainConfig()
@@ -112,14 +115,19 @@ class RunConfig(Config):
         return isinstance(self.models.teacher, OpenAIModel)
 
     @property
+    def prompt_queries(self) -> int:
+        """Teacher queries that one prompt takes: each of its samples is one, and an auxiliary target."""
+        return self.sampling.teacher.samples + (self.auxiliary is not None)
+
+    @property
     def warmup_prompts(self) -> int:
-        """Prompts that the teacher annotates for the warm-up. Each of its samples is a query."""
-        return self.budget.warmup_queries // self.sampling.teacher.samples
+        """Prompts that the teacher annotates for the warm-up."""
+        return self.budget.warmup_queries // self.prompt_queries
 
     @property
     def selected_prompts(self) -> int:
         """Prompts that the teacher annotates once the signals have chosen them."""
-        return self.budget.queries // self.sampling.teacher.samples - self.warmup_prompts
+        return self.budget.queries // self.prompt_queries - self.warmup_prompts
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
@@ -136,6 +144,7 @@ class RunConfig(Config):
                     "({type: top} will do), or annotated live"
                 )
         self._kept()
+        self._asked_beside()
         rest = self.selected_prompts
         if self.signals.candidates is not None and self.signals.candidates < rest:
             raise ValueError(
@@ -173,6 +182,24 @@ class RunConfig(Config):
             raise ValueError(
                 "signals.keep.stand_in trains on text of the student, of which no distributions of the teacher are "
                 "stored: set train.method.annotated live, or leave stand_in out"
+            )
+
+    def _asked_beside(self) -> None:
+        """What an auxiliary target needs of engines and training."""
+        beside, method = self.auxiliary, self.train.method
+        if not beside:
+            return
+        if "on_policy_share" in type(method).model_fields and method.on_policy_share == 1:
+            raise ValueError(
+                f"auxiliary: train.method {method.type} trains on rollouts alone, so its targets would only be paid "
+                "for: lower train.method.on_policy_share below 1, or leave auxiliary out"
+            )
+        needed = self.prompts.max_prompt_tokens + beside.template_tokens + beside.max_tokens
+        if not self.text_only and needed > self.engines.teacher.max_model_len:
+            raise ValueError(
+                f"engines.teacher.max_model_len {self.engines.teacher.max_model_len} is below "
+                f"prompts.max_prompt_tokens {self.prompts.max_prompt_tokens} + auxiliary.template's "
+                f"{beside.template_tokens} at most + auxiliary.max_tokens {beside.max_tokens}: raise it"
             )
 
     def _recurs(self) -> None:
