@@ -84,24 +84,25 @@ def estimate(config: RunConfig) -> Estimate:
     teacher, assistant, student = (
         parameters(getattr(config.models, role)) for role in ("teacher", "assistant", "student")
     )
-    replicas = config.engines.teacher.replicas
+    replicas, longest = config.engines.teacher.replicas, config.prompts.max_prompt_tokens
     result = Estimate()
 
     def sample(name: str, prompts: int, samples: int, length: int, size: float) -> None:
         tokens = int(prompts * samples * length * FILL)
         result.stages[name] = Cost(prompts * samples, tokens, start + 2 * size * tokens / decode / replicas)
 
-    def annotate(name: str, prompts: int) -> None:
-        sample(name, prompts, written.samples, written.max_tokens, teacher)
+    def annotate(name: str, prompts: int, samples: int, length: int) -> None:
+        sample(name, prompts, samples, length, teacher)
         if isinstance(source := config.models.teacher, OpenAIModel):
             service = source.service
             pace = 60 / service.requests_per_minute if service.requests_per_minute else 0.0
             each = max(pace, ANSWER_SECONDS / service.concurrency)
             result.stages[name].seconds = start + result.stages[name].rows * each
 
-    def targets(name: str, prompts: int) -> None:
-        if beside := config.auxiliary:
-            sample(name, prompts, 1, beside.max_tokens, teacher)
+    def score(name: str, annotations: int) -> None:
+        """The TA reads, and answers itself where annotations have to agree."""
+        agreement = config.signals.keep.agreement
+        sample(name, annotations, 1, longest + (agreement.max_tokens if agreement else 0), assistant)
 
     def fit(name: str, settings: TrainConfig) -> None:
         tokens = int(settings.steps * settings.batch_size * settings.max_length * FILL)
@@ -117,16 +118,17 @@ def estimate(config: RunConfig) -> Estimate:
     warmup, rest = config.warmup_prompts, config.selected_prompts
     asked, heldout = candidates(config), config.prompts.heldout
     written, own = config.sampling.teacher, config.sampling.student
-    annotate("warmup-annotate", warmup)
-    sample("warmup-keep", warmup, 1, config.prompts.max_prompt_tokens, assistant)
-    targets("warmup-auxiliary", warmup)
+    annotate("warmup-annotate", warmup, written.samples, written.max_tokens)
+    score("warmup-keep", warmup)
     fit("warmup-train", config.warmup)
     sample("student-sample", asked, own.samples, own.max_tokens, student)
-    sample("select", asked, 1, config.prompts.max_prompt_tokens, assistant)
-    annotate("annotate", rest)
-    sample("keep", rest, 1, config.prompts.max_prompt_tokens, assistant)
-    targets("auxiliary", rest)
+    sample("select", asked, 1, longest, assistant)
+    annotate("annotate", rest, written.samples, written.max_tokens)
+    score("keep", rest)
     fit("train", config.train)
+    if beside := config.auxiliary:
+        annotate("warmup-auxiliary", warmup, 1, beside.max_tokens)
+        annotate("auxiliary", rest, 1, beside.max_tokens)
     seeds, length = len(config.evaluate.seeds), config.evaluate.max_tokens
     sample("evaluate-before", heldout, seeds, length, teacher + student)
     sample("evaluate-after", heldout, seeds, length, 2 * student)
@@ -134,9 +136,9 @@ def estimate(config: RunConfig) -> Estimate:
         result.stages[name] = Cost(seconds=starts * start)
 
     result.teacher_queries = (warmup + rest) * config.prompt_queries
-    longest, prompts = config.prompts.max_prompt_tokens, warmup + rest
+    prompts = warmup + rest
     read, answered = (prompts * written.samples * most for most in (longest, written.max_tokens))
-    if beside := config.auxiliary:
+    if beside:
         read, answered = read + prompts * (longest + beside.template_tokens), answered + prompts * beside.max_tokens
     result.teacher_tokens = min(read + answered, config.budget.tokens or read + answered)
     if (price := config.budget.price) is not None:

@@ -26,7 +26,7 @@ ANSWER = pa.schema(
 Prompts = list[dict[str, Any]]
 
 
-def judged(prompt: dict[str, Any]) -> bool:
+def has_answer(prompt: dict[str, Any]) -> bool:
     """Whether the prompt has a final answer to agree on."""
     return prompt["verifier"] != "none"
 
@@ -47,7 +47,7 @@ def ask(
 
     def calls() -> Iterator[tuple[tuple[int, Prompts], Call]]:
         for shard, rows in shards:
-            prompts = list({row["prompt_id"]: row for row in rows if judged(row)}.values())
+            prompts = list({row["prompt_id"]: row for row in rows if has_answer(row)}.values())
             if shard not in done and not prompts:
                 stage.commit(TABLE, shard, ANSWER.empty_table())
             elif shard not in done:
@@ -74,4 +74,4 @@ def answers_of(stage: Stage[Any], shard: int) -> dict[str, dict[str, Any]]:
 
 def disagrees(prompt: dict[str, Any], final: str | None, answers: dict[str, dict[str, Any]]) -> bool:
     """Whether a final answer to the prompt is not the TA's. One that could not be extracted agrees with nothing."""
-    return judged(prompt) and (final is None or final != answers[prompt["prompt_id"]]["final_answer"])
+    return has_answer(prompt) and (final is None or final != answers[prompt["prompt_id"]]["final_answer"])
