@@ -16,6 +16,7 @@ from flows.cycle import identities
 from flows.ends import StageDamaged, end_of
 from flows.runner import Runner, run_name
 from flows.story import Pipeline, Planner
+from flows.targets import auxiliary
 from tasks.accounts import ANNOTATIONS
 from tasks.config.preset import Settings
 from tasks.config.run import OPERATIONAL
@@ -76,19 +77,6 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         settings |= {**kept, **shared, **charged, "seed": config.seed}
         return stage(name, "tasks.sample", settings, models=models, prompts=prompts, **before)
 
-    def auxiliary(name: str, table: str, prompts: str, caps: Caps, before: str, path: str) -> dict[str, str]:
-        """What the teacher is asked beside the answers, charged to the same budget behind stage ``before``; its stage
-        by name, none where nothing is."""
-        if not (beside := config.auxiliary):
-            return {}
-        sampling = {**plain["sampling"]["teacher"], "max_tokens": beside.max_tokens, "samples": 1}
-        settings = {"role": "auxiliary", "engine": "teacher", "table": table, "sampling": sampling}
-        settings |= {"template": beside.template, "weight": beside.weight}
-        settings |= {"drop_truncated": config.signals.keep.drop_truncated, "seed": config.seed, **shared}
-        settings |= {"distributions": plain["sampling"]["distributions"], "caps": caps.model_dump(mode="json")}
-        settings |= {"charged_by": before, "prompt_tokens": longest and longest + beside.template_tokens}
-        return {name: stage(name, "tasks.auxiliary", settings, models=models, prompts=prompts, **{before: path})}
-
     def keep(name: str, table: str, prompts: str, samples: str, **own: str) -> str:
         """The TA scores the teacher's answers; a rule keeps or drops them. ``own``: the student's that may stand in."""
         rule = {key: value for key, value in plain["signals"]["keep"].items() if own or key != "stand_in"}
@@ -101,10 +89,10 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     models, prompts = prepare(pipeline, found)
 
     # Warm up: a small share of the budget on random prompts makes a student whose signals mean something.
-    warmup_caps = caps_of(budget, budget.warmup_share)
-    warmup_samples = annotate("warmup-annotate", "warmup", prompts, warmup_caps)
+    warmup_samples = annotate("warmup-annotate", "warmup", prompts, caps_of(budget, budget.warmup_share))
     warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_samples)
-    beside = auxiliary("warmup-auxiliary", "warmup", prompts, warmup_caps, "warmup-annotate", warmup_samples)
+    charged, at_warmup = {"warmup-annotate": warmup_samples}, {"table": "warmup", **shared}
+    targets = auxiliary(pipeline, "warmup-auxiliary", budget.warmup_share, charged, at_warmup, models, prompts)
     warmup = stage(
         "warmup-train",
         "tasks.train",
@@ -114,12 +102,12 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "student_input": "promoted" if warm else "models",
             "rows": ["warmup-keep"],
             "stage_name": "warmup",
-            **({"auxiliary": list(beside)} if beside else {}),
+            **({"auxiliary": list(targets)} if targets else {}),
         },
         models=models,
         warmup_keep=warmup_kept,
         **warm,
-        **beside,
+        **targets,
     )
 
     # Signals: where the student contradicts itself, and where the TA doubts it, the teacher is worth asking.
@@ -156,11 +144,11 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     )
 
     # Annotate: the rest of the budget, on the selected prompts.
-    charged = beside or {"warmup-annotate": warmup_samples}
-    samples = annotate("annotate", "selected", selected, caps_of(budget), **charged)
+    samples = annotate("annotate", "selected", selected, caps_of(budget), **(targets or charged))
     own = {"select": selected, "student_sample": student_samples} if config.signals.keep.stand_in else {}
     kept = keep("keep", "selected", selected, samples, **own)
-    beside |= auxiliary("auxiliary", "selected", selected, caps_of(budget), "annotate", samples)
+    charged, at_selected = {"annotate": samples}, {"table": "selected", **shared}
+    targets |= auxiliary(pipeline, "auxiliary", 1.0, charged, at_selected, models, selected)
 
     # Replay: rows that earlier runs kept, so that the student does not forget them.
     replayed = {}
@@ -189,14 +177,14 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "rows": ["warmup-keep", "keep", *replayed],
             "stage_name": "train",
             "online_teacher_tokens": budget.online_teacher_tokens,
-            **({"auxiliary": list(beside)} if beside else {}),
+            **({"auxiliary": list(targets)} if targets else {}),
         },
         models=models,
         warmup_train=warmup,
         warmup_keep=warmup_kept,
         keep=kept,
         **replayed,
-        **beside,
+        **targets,
         **({"annotate": samples, "student_sample": student_samples} if compares else {}),
     )
 
@@ -261,7 +249,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         evaluate_before=before,
         evaluate_after=after,
         **replayed,
-        **beside,
+        **targets,
     )
 
 

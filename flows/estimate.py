@@ -135,7 +135,7 @@ def estimate(config: RunConfig) -> Estimate:
     for name, starts in (("models", 2), ("prompts", 1), ("report", 1)):
         result.stages[name] = Cost(seconds=starts * start)
 
-    result.teacher_queries = (warmup + rest) * config.prompt_queries
+    result.teacher_queries = (warmup + rest) * config.queries_per_prompt
     prompts = warmup + rest
     read, answered = (prompts * written.samples * most for most in (longest, written.max_tokens))
     if beside:

@@ -10,8 +10,8 @@ from tasks.config import form
 
 
 def absent(value: Any) -> bool:
-    """For ``exclude_if`` of a setting that came later than others: where it is not set, runs and results keep the names
-    they had before."""
+    """For settings that came later: where they are not set they are left out of what is hashed, so that older runs and
+    results keep their names."""
     return value is None
 
 

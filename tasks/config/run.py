@@ -115,19 +115,19 @@ class RunConfig(Config):
         return isinstance(self.models.teacher, OpenAIModel)
 
     @property
-    def prompt_queries(self) -> int:
+    def queries_per_prompt(self) -> int:
         """Teacher queries that one prompt takes: each of its samples is one, and an auxiliary target."""
         return self.sampling.teacher.samples + (self.auxiliary is not None)
 
     @property
     def warmup_prompts(self) -> int:
         """Prompts that the teacher annotates for the warm-up."""
-        return self.budget.warmup_queries // self.prompt_queries
+        return self.budget.warmup_queries // self.queries_per_prompt
 
     @property
     def selected_prompts(self) -> int:
         """Prompts that the teacher annotates once the signals have chosen them."""
-        return self.budget.queries // self.prompt_queries - self.warmup_prompts
+        return self.budget.queries // self.queries_per_prompt - self.warmup_prompts
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
