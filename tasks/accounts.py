@@ -98,7 +98,7 @@ def funnel(manifests: Manifests) -> list[Level]:
     )
     # Some prompts may be read for the held-out set and not be needed there.
     read = (fact(manifests, "prompts", "counts") or {}).get("read") or total((prompts, heldout, refused))
-    queried = [total(fact(manifests, name, "queries") for name in names) for names in (ANNOTATIONS, WARMUP)]
+    queried, warm = (total(fact(manifests, name, "queries") for name in names) for names in (ANNOTATIONS, WARMUP))
     kept = [rows(manifests, name, "kept") for name in ("warmup-keep", "keep")]
     beside = [rows(manifests, name, "kept") for name in ("warmup-auxiliary", "auxiliary")]
     own = fact(manifests, "keep", "stand_ins")
@@ -108,7 +108,7 @@ def funnel(manifests: Manifests) -> list[Level]:
         ("Rows read", read, None, ""),
         ("Prompts to learn from", prompts, warmup, f"{heldout:,} more held out for the evaluation" if heldout else ""),
         ("Candidates the student answered", rows(manifests, "select", "signals"), None, ""),
-        ("Teacher queries", *queried, ""),
+        ("Teacher queries", queried, warm, ""),
         ("Annotations kept", total(kept), kept[0], f"{own:,} of them the student's own text" if own else ""),
         ("Auxiliary targets kept", total(beside), beside[0], ""),
         ("Rows trained on", trained, None, f"{aside:,} more set aside for validation" if aside else ""),
