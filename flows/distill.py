@@ -14,9 +14,11 @@ from prefect.states import Failed
 from flows.approval import above, wait_for_approval
 from flows.cycle import identities
 from flows.ends import StageDamaged, end_of
+from flows.mentor import mentor
 from flows.runner import Runner, run_name
 from flows.story import Pipeline, Planner
-from flows.teachers import annotate, together
+from flows.targets import auxiliary
+from flows.teachers import annotate, last, together
 from tasks.accounts import annotates
 from tasks.config.preset import Settings
 from tasks.config.run import OPERATIONAL
@@ -69,17 +71,18 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     # A warm start: the student that learns is the promoted one, and so is what it is compared with.
     warm = {"promoted": rival.manifest} if rival and found["warm"] else {}
 
-    def keep(name: str, table: str, prompts: str, samples: str, charged: bool = True) -> str:
+    def keep(name: str, table: str, prompts: str, samples: str, own: dict[str, str], charged: bool = True) -> str:
         """The TA scores the teachers' answers; a rule keeps or drops them. What nobody was charged for is a mentor's,
-        which nobody reviews."""
-        settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": plain["signals"]["keep"]}
+        which nobody reviews. ``own``: the student's answers that may stand in."""
+        rule = {key: value for key, value in plain["signals"]["keep"].items() if own or key != "stand_in"}
+        settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": rule}
         if config.peers and config.peers.review and charged:
             settings["peer_review"] = config.peers.review.threshold
         if not charged:
             settings["charges"] = False
         if config.signals.keep.calibrate:
             settings |= {"validation_share": config.train.validation_share, "seed": config.seed}
-        return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples)
+        return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples, **own)
 
     # Prepare: models that load anywhere; prompts that are whole, new and apart from the held-out ones.
     models, prompts = prepare(pipeline, found)
@@ -88,7 +91,8 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     share, at_warmup = budget.warmup_share, {"table": "warmup", **shared}
     warmup_samples = annotate(pipeline, "warmup-annotate", (0.0, share), {}, at_warmup, models, prompts)
     warmup_answers = together(pipeline, "warmup-review", warmup_samples, at_warmup, models, prompts)
-    warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_answers)
+    warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_answers, {})
+    targets = auxiliary(pipeline, "warmup-auxiliary", share, last(warmup_samples), at_warmup, models, prompts)
     warmup = stage(
         "warmup-train",
         "tasks.train",
@@ -98,10 +102,12 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "student_input": "promoted" if warm else "models",
             "rows": ["warmup-keep"],
             "stage_name": "warmup",
+            **({"auxiliary": list(targets)} if targets else {}),
         },
         models=models,
         warmup_keep=warmup_kept,
         **warm,
+        **targets,
     )
 
     # Signals: where the student contradicts itself, and where the TA doubts it, the teacher is worth asking.
@@ -138,50 +144,21 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     )
 
     # Annotate: the rest of the budget, on the selected prompts.
-    last, at_selected = next(reversed(warmup_samples)), {"table": "selected", **shared}
-    charged = {last: warmup_samples[last]}
+    charged, at_selected = last(targets or warmup_samples), {"table": "selected", **shared}
     samples = annotate(pipeline, "annotate", (share, 1.0), charged, at_selected, models, selected)
     answers = together(pipeline, "review", samples, at_selected, models, selected)
-    kept = keep("keep", "selected", selected, answers)
+    own = {"select": selected, "student_sample": student_samples} if config.signals.keep.stand_in else {}
+    kept = keep("keep", "selected", selected, answers, own)
+    targets |= auxiliary(pipeline, "auxiliary", 1.0, last(samples), at_selected, models, selected)
 
     # Mentor: a model between both learns what was kept, and annotates prompts that the teacher was not asked about.
-    mentored: dict[str, str] = {}
-    if mentor := config.mentor:
-        trained = stage(
-            "mentor-train",
-            "tasks.train",
-            {
-                "train": plain["mentor"]["train"],
-                "seed": config.seed,
-                "student": "mentor",
-                "rows": ["warmup-keep", "keep"],
-                "stage_name": "mentor",
-            },
-            models=models,
-            warmup_keep=warmup_kept,
-            keep=kept,
+    mentored = {}
+    if config.mentor:
+        rows = {"warmup_keep": warmup_kept, "keep": kept}
+        mentored = mentor(pipeline, rows, shared, models=models, prompts=prompts, select=selected)
+        mentored["mentor_keep"] = keep(
+            "mentor-keep", "candidates", prompts, mentored["mentor_annotate"], {}, charged=False
         )
-        written = stage(
-            "mentor-annotate",
-            "tasks.sample",
-            {
-                "role": "mentor",
-                "engine": "mentor",
-                "weights": "mentor-train",
-                "table": "candidates",
-                "further": {"apart_from": "select", "count": mentor.prompts},
-                "sampling": plain["mentor"]["sampling"],
-                "distributions": plain["mentor"]["distributions"],
-                "seed": config.seed,
-                **shared,
-            },
-            models=models,
-            prompts=prompts,
-            mentor_train=trained,
-            select=selected,
-        )
-        mentor_kept = keep("mentor-keep", "candidates", prompts, written, charged=False)
-        mentored = {"mentor_train": trained, "mentor_annotate": written, "mentor_keep": mentor_kept}
 
     # Replay: rows that earlier runs kept, so that the student does not forget them.
     replayed = {}
@@ -211,12 +188,14 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "stage_name": "train",
             "online_teacher_tokens": budget.online_teacher_tokens,
             **({"soft_rows": "mentor-keep", "soft_share": config.mentor.soft_share} if config.mentor else {}),
+            **({"auxiliary": list(targets)} if targets else {}),
         },
         models=models,
         warmup_train=warmup,
         warmup_keep=warmup_kept,
         keep=kept,
         **replayed,
+        **targets,
         **({"mentor_keep": mentored["mentor_keep"]} if mentored else {}),
         **({"annotate": samples["annotate"], "student_sample": student_samples} if compares else {}),
     )
@@ -284,6 +263,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         **replayed,
         **({"warmup_review": warmup_answers, "review": answers} if config.peers else {}),
         **mentored,
+        **targets,
     )
 
 

@@ -98,17 +98,17 @@ def estimate(config: RunConfig) -> Estimate:
     start = START_SECONDS["gpu" if gpu else "cpu"]
     sizes = {role: parameters(model.source) for role, model in config.served.items()}
     teacher, assistant, student = (sizes[role] for role in ("teacher", "assistant", "student"))
-    replicas = config.engines.teacher.replicas
+    replicas, longest = config.engines.teacher.replicas, config.prompts.max_prompt_tokens
     result = Estimate()
 
     def sample(name: str, prompts: int, samples: int, length: int, size: float) -> None:
         tokens = int(prompts * samples * length * FILL)
         result.stages[name] = Cost(prompts * samples, tokens, start + 2 * size * tokens / decode / replicas)
 
-    def annotate(name: str, prompts: int) -> None:
+    def annotate(name: str, prompts: int, samples: int, length: int) -> None:
         for role, part in zip(config.teachers, answering(config), strict=True):
             own = name if role == FIRST else f"{name}-{role}"
-            sample(own, round(prompts * part), written.samples, written.max_tokens, sizes[role])
+            sample(own, round(prompts * part), samples, length, sizes[role])
             if isinstance(source := config.served[role].source, OpenAIModel):
                 service = source.service
                 pace = 60 / service.requests_per_minute if service.requests_per_minute else 0.0
@@ -119,9 +119,13 @@ def estimate(config: RunConfig) -> Estimate:
             # Each reads what the others wrote.
             parts = dict(zip(config.teachers, answering(config), strict=True))
             reviews = prompts * sum(sum(parts.values()) - parts[role] for role in here) if config.peers.review else 0
-            longest = config.prompts.max_prompt_tokens + written.max_tokens
             size = max((sizes[role] for role in here), default=0.0)
-            sample(name.replace("annotate", "review"), round(reviews * written.samples), 1, longest, size)
+            sample(name.replace("annotate", "review"), round(reviews * samples), 1, longest + length, size)
+
+    def score(name: str, annotations: int) -> None:
+        """The TA reads, and answers itself where annotations have to agree."""
+        agreement = config.signals.keep.agreement
+        sample(name, annotations, 1, longest + (agreement.max_tokens if agreement else 0), assistant)
 
     def fit(name: str, settings: TrainConfig, size: float = student) -> None:
         tokens = int(settings.steps * settings.batch_size * settings.max_length * FILL)
@@ -137,20 +141,25 @@ def estimate(config: RunConfig) -> Estimate:
     warmup, rest = config.warmup_prompts, config.selected_prompts
     asked, heldout = candidates(config), config.prompts.heldout
     written, own = config.sampling.teacher, config.sampling.student
-    annotate("warmup-annotate", warmup)
-    sample("warmup-keep", warmup, config.queries_per_prompt, config.prompts.max_prompt_tokens, assistant)
+    # Of the teachers, for each prompt.
+    answers = config.queries_per_prompt - (config.auxiliary is not None)
+    annotate("warmup-annotate", warmup, written.samples, written.max_tokens)
+    score("warmup-keep", warmup * answers)
     fit("warmup-train", config.warmup)
     sample("student-sample", asked, own.samples, own.max_tokens, student)
-    sample("select", asked, 1, config.prompts.max_prompt_tokens, assistant)
-    annotate("annotate", rest)
-    sample("keep", rest, config.queries_per_prompt, config.prompts.max_prompt_tokens, assistant)
+    sample("select", asked, 1, longest, assistant)
+    annotate("annotate", rest, written.samples, written.max_tokens)
+    score("keep", rest * answers)
     if mentor := config.mentor:
         further = min(mentor.prompts, max(0, asked - rest) or mentor.prompts)
         fit("mentor-train", mentor.train, sizes["mentor"])
         wrote = mentor.sampling
         sample("mentor-annotate", further, wrote.samples, wrote.max_tokens, sizes["mentor"])
-        sample("mentor-keep", further * wrote.samples, 1, config.prompts.max_prompt_tokens, assistant)
+        score("mentor-keep", further * wrote.samples)
     fit("train", config.train)
+    if beside := config.auxiliary:
+        annotate("warmup-auxiliary", warmup, 1, beside.max_tokens)
+        annotate("auxiliary", rest, 1, beside.max_tokens)
     seeds, length = len(config.evaluate.seeds), config.evaluate.max_tokens
     sample("evaluate-before", heldout, seeds, length, teacher + student)
     sample("evaluate-after", heldout, seeds, length, 2 * student)
@@ -158,7 +167,10 @@ def estimate(config: RunConfig) -> Estimate:
         result.stages[name] = Cost(seconds=starts * start)
 
     result.teacher_queries = (warmup + rest) * config.queries_per_prompt
-    read, answered = (result.teacher_queries * most for most in (config.prompts.max_prompt_tokens, written.max_tokens))
+    prompts = warmup + rest
+    read, answered = (prompts * answers * most for most in (longest, written.max_tokens))
+    if beside:
+        read, answered = read + prompts * (longest + beside.template_tokens), answered + prompts * beside.max_tokens
     result.teacher_tokens = min(read + answered, config.budget.tokens or read + answered)
     if config.budget.price is not None:
         prices = [config.budget.price_of(role) or config.budget.price for role in config.teachers]
@@ -179,9 +191,9 @@ def estimate(config: RunConfig) -> Estimate:
         if not isinstance(model.source, OpenAIModel)
     }
     engines = sum(serving.values())
-    beside = teacher if config.train.method.asks_teacher else 0
+    asked_live = teacher if config.train.method.asks_teacher else 0
     between = sizes.get("mentor", 0.0)
-    training = max(16 * student + width * beside, 16 * between) / GIB + 2 * PROCESS_GIB
+    training = max(16 * student + width * asked_live, 16 * between) / GIB + 2 * PROCESS_GIB
     result.memory_gib = SERVICES_GIB + (
         max(engines, training) if config.resources.release_engines else engines + training
     )

@@ -152,7 +152,10 @@ def enough(config: RunConfig) -> list[str]:
 def affordable(config: RunConfig) -> list[str]:
     """Tokens and money of each stage cover the worst case of one prompt at least."""
     budget, sampling = config.budget, config.sampling.teacher
-    worst = Amount(1, config.prompts.max_prompt_tokens, sampling.max_tokens) * sampling.samples
+    read, beside = config.prompts.max_prompt_tokens, config.auxiliary
+    worst = Amount(1, read, sampling.max_tokens) * sampling.samples
+    if beside:
+        worst += Amount(1, read + beside.template_tokens, beside.max_tokens)
     parts = [0.0, *(config.peers.parts() if config.peers else [1.0])]
     # A teacher that is given nothing covers nothing; one that is given something covers one prompt.
     least = min(part for part in (after - before or after for before, after in pairwise(parts)) if part)

@@ -60,3 +60,9 @@ def together(
         here = [name for name in config.teachers if not isinstance(config.served[name].source, OpenAIModel)]
         settings |= {"reviewers": here, "confidence": config.signals.confidence.model_dump(mode="json")}
     return pipeline.stage(name, "tasks.review", settings, models=models, prompts=prompts, **samples)
+
+
+def last(stages: dict[str, str]) -> dict[str, str]:
+    """Of the stages that were charged to the budget the last one."""
+    name = next(reversed(stages))
+    return {name: stages[name]}

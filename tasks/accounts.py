@@ -14,6 +14,7 @@ STAGES = {
     "warmup-annotate": "Teacher annotates for the warm-up",
     "warmup-review": "Teachers review each other's warm-up annotations",
     "warmup-keep": "TA scores the warm-up's annotations",
+    "warmup-auxiliary": "Teacher writes the warm-up's auxiliary targets",
     "warmup-train": "Stage 1: warm-up training",
     "student-sample": "Warmed-up student answers candidates",
     "select": "TA scores the student, queries are chosen",
@@ -23,14 +24,15 @@ STAGES = {
     "mentor-train": "Mentor fine-tuned on what was kept",
     "mentor-annotate": "Mentor annotates further prompts",
     "mentor-keep": "TA scores the mentor's annotations",
+    "auxiliary": "Teacher writes auxiliary targets of what was chosen",
     "replay": "Rows of earlier runs drawn for replay",
     "train": "Stage 2: training",
     "evaluate-before": "Base student and teacher evaluated",
     "evaluate-after": "Trained students evaluated",
 }
 Manifests = dict[str, Manifest]
-# Stages whose queries are charged to the budget; those of further teachers have their names behind it.
-ANNOTATIONS = ("warmup-annotate", "annotate")
+# Stages whose queries are charged to the budget, in their order; those of further teachers have their names behind it.
+ANNOTATIONS = ("warmup-annotate", "warmup-auxiliary", "annotate", "auxiliary")
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def funnel(manifests: Manifests) -> list[Level]:
     asked = annotations(manifests)
     warm = total(fact(manifests, name, "queries") for name in asked if name.startswith("warmup-"))
     kept = [rows(manifests, name, "kept") for name in ("warmup-keep", "keep")]
+    beside = [rows(manifests, name, "kept") for name in ("warmup-auxiliary", "auxiliary")]
     trained = (fact(manifests, "train", "data") or fact(manifests, "warmup-train", "data") or {}).get("rows")
     aside = (fact(manifests, "train", "data") or {}).get("validation_rows")
     levels = [
@@ -135,8 +138,9 @@ def funnel(manifests: Manifests) -> list[Level]:
         ("Prompts to learn from", prompts, warmup, f"{heldout:,} more held out for the evaluation" if heldout else ""),
         ("Candidates the student answered", rows(manifests, "select", "signals"), None, ""),
         ("Teacher queries", teacher_queries(manifests), warm, by_teacher(manifests)),
-        ("Annotations kept", total(kept), kept[0], doubted(manifests)),
+        ("Annotations kept", total(kept), kept[0], "; ".join(filter(None, (doubted(manifests), stood_in(manifests))))),
         ("Mentor's annotations kept", rows(manifests, "mentor-keep", "kept"), None, mentored(manifests)),
+        ("Auxiliary targets kept", total(beside), beside[0], ""),
         ("Rows trained on", trained, None, f"{aside:,} more set aside for validation" if aside else ""),
     ]
     return [Level(name, count, warm or 0, note) for name, count, warm, note in levels if count is not None]
@@ -157,6 +161,12 @@ def doubted(manifests: Manifests) -> str:
         return ""
     dropped = [(fact(manifests, name, "reasons") or {}).get("peer_review", 0) for name in ("warmup-keep", "keep")]
     return f"{sum(dropped):,} dropped by peer review"
+
+
+def stood_in(manifests: Manifests) -> str:
+    """Rows of the student's own text, in words."""
+    count = fact(manifests, "keep", "stand_ins")
+    return f"{count:,} of them the student's own text" if count else ""
 
 
 def mentored(manifests: Manifests) -> str:

@@ -59,6 +59,7 @@ class Feed:
         self.data = data = read_data(
             store,
             [load_manifest(store, path) for path in plan.rows],
+            [load_manifest(store, path) for path in plan.auxiliary],
             seed=plan.seed,
             validation_share=config.validation_share,
             max_length=config.max_length,

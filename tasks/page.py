@@ -44,6 +44,8 @@ REFUSALS = (
     ("keep", "scores", "Later annotations"),
     ("mentor-annotate", "quarantine", "Prompts the mentor's engine died of"),
     ("mentor-keep", "scores", "The mentor's annotations"),
+    ("warmup-auxiliary", "targets", "Auxiliary targets of the warm-up"),
+    ("auxiliary", "targets", "Later auxiliary targets"),
 )
 
 

@@ -18,6 +18,7 @@ from infra.models import ModelRef
 from tasks import schemas
 from tasks.asking import Asking, Shard
 from tasks.calls import Call
+from tasks.config.auxiliary import PLACE
 from tasks.config.base import Config
 from tasks.config.signals import Distributions, SampledTokens, Sampling, TopTokens
 from tasks.distributions import best_tokens, read_again
@@ -43,6 +44,8 @@ class SampleSettings(Config):
     """Input manifest whose ``student`` is answered with; the engine's own model where absent."""
     table: str
     """Table of the input ``prompts``."""
+    template: str | None = None
+    """What is asked in place of each prompt's last user turn, which it holds as {question}; absent: the prompt."""
     limit: int | None = None
     """Only so many of its prompts."""
     route: Route | None = None
@@ -80,6 +83,20 @@ def slices(
             yield shard, part.slice(start, min(size, left - start))
             shard += 1
         left -= min(left, part.num_rows)
+
+
+def worded(prompts: list[dict[str, Any]], template: str | None) -> list[dict[str, Any]]:
+    """The prompts with the template around their last user turn; as they are without one."""
+    if template is None:
+        return prompts
+    found = []
+    for prompt in prompts:
+        messages = list(prompt["messages"])
+        place = max((n for n, turn in enumerate(messages) if turn["role"] == "user"), default=len(messages) - 1)
+        content = template.replace(PLACE, messages[place]["content"])
+        messages[place] = {**messages[place], "content": content}
+        found.append({**prompt, "messages": messages})
+    return found
 
 
 def sample_seed(*parts: Any) -> int:
@@ -137,7 +154,7 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
     def shards() -> Iterator[Shard]:
         for number, prompts in cut():
             if number not in done and prompts.num_rows:
-                yield Shard(number, prompts.select(["prompt_id", "messages"]).to_pylist())
+                yield Shard(number, worded(prompts.select(["prompt_id", "messages"]).to_pylist(), settings.template))
 
     def call(prompts: list[dict[str, Any]], spare: int) -> Call:
         ids = [prompt["prompt_id"] for prompt in prompts]
@@ -220,8 +237,8 @@ def run(stage: Stage[SampleSettings]) -> None:
     if purse:
         stage.close_table("queries", schemas.QUERY)
         stage.facts.update(purse.facts(), queries=purse.ledger.charged.queries)
-        # Of several teachers one may have no prompts of its own.
-        if not rows and not settings.route:
+        # Of several teachers one may have no prompts of its own; what is asked beside the answers gets what they left.
+        if not rows and not settings.route and settings.template is None:
             raise ValueError(f"budget: it covers not one prompt of {settings.table}; left are {purse.left()['left']}")
     if settings.further and not rows:
         raise ValueError("mentor.prompts: no candidates are left beside the selected ones: raise signals.candidates")

@@ -45,6 +45,8 @@ class TrainSettings(Config):
     """Weight of KL(mentor ‖ student) on a mentor's rows; cross entropy has the rest."""
     mentor: str = "mentor"
     """Key of the mentor in input ``models``."""
+    auxiliary: list[str] = Field(default_factory=list)
+    """Inputs whose table ``kept`` has auxiliary targets: never validated by, nor rolled out from."""
     stage_name: Literal["warmup", "mentor", "train"]
     """Which stage this is: it names the noise of its rollouts."""
     online_teacher_tokens: int | None = None
@@ -83,6 +85,7 @@ def plan_of(stage: Stage[TrainSettings]) -> Plan:
         rows=[stage.input(name).path for name in settings.rows],
         soft_rows=[stage.input(settings.soft_rows).path] if settings.soft_rows else [],
         soft_share=settings.soft_share,
+        auxiliary=[stage.input(name).path for name in settings.auxiliary],
         student=student,
         teacher=teacher,
         loads_teacher=settings.train.method.asks_teacher,

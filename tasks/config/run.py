@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from tasks.config.auxiliary import Auxiliary
 from tasks.config.base import Config, absent
 from tasks.config.budget import Budget
 from tasks.config.document import parse, read_document
@@ -105,6 +106,8 @@ class RunConfig(Config):
     """How teacher and student write."""
     signals: Signals = Signals()
     """What steers the queries and the filter."""
+    auxiliary: Auxiliary | None = Field(default=None, exclude_if=absent)
+    """What the teacher is asked beside each answer, for the student to learn too. Absent: nothing."""
     warmup: TrainConfig = TrainConfig(method=Sft(), steps=40)
     """Stage 1."""
     mentor: Mentor | None = Field(default=None, exclude_if=absent)
@@ -149,9 +152,10 @@ class RunConfig(Config):
 
     @property
     def queries_per_prompt(self) -> int:
-        """Answers that a prompt is given: each sample of each teacher that it goes to."""
+        """Teacher queries that a prompt takes: each sample of each teacher that it goes to, and an auxiliary target."""
         everyone = self.peers and isinstance(self.peers.routing, Everyone)
-        return self.sampling.teacher.samples * (len(self.teachers) if everyone else 1)
+        answers = self.sampling.teacher.samples * (len(self.teachers) if everyone else 1)
+        return answers + (self.auxiliary is not None)
 
     @property
     def warmup_prompts(self) -> int:
@@ -177,10 +181,8 @@ class RunConfig(Config):
                     f"{name}.method.annotated stored needs the teacher's distributions: set sampling.distributions "
                     "({type: top} will do), or annotated live"
                 )
-        if self.signals.keep.calibrate and self.prompts.verifier == "none":
-            raise ValueError("signals.keep.calibrate needs known answers, and prompts.verifier is none: remove one")
-        if self.signals.keep.calibrate and not self.train.validation_share:
-            raise ValueError("signals.keep.calibrate needs validation prompts: raise train.validation_share above 0")
+        self._kept()
+        self._asked_beside()
         rest = self.selected_prompts
         if self.signals.candidates is not None and self.signals.candidates < rest:
             raise ValueError(
@@ -210,6 +212,8 @@ class RunConfig(Config):
             if self.budget.prices:
                 raise ValueError("budget.prices are those of further teachers, and there are none: set price")
             return
+        if self.auxiliary:
+            raise ValueError("auxiliary with peers: its targets are one teacher's: leave one of both out")
         if self.sampling.distributions:
             raise ValueError(
                 "sampling.distributions with peers: methods learn the first teacher's distributions, also on what the "
@@ -226,6 +230,46 @@ class RunConfig(Config):
         if self.peers.review and sum(not isinstance(source, OpenAIModel) for source in known) < 2:
             raise ValueError(
                 "peers.review: endpoints review nothing, so it takes two teachers that run here: leave it out"
+            )
+
+    def _kept(self) -> None:
+        """What keeping needs of prompts, models and training."""
+        keep, longest = self.signals.keep, self.prompts.max_prompt_tokens
+        if keep.calibrate and self.prompts.verifier == "none":
+            raise ValueError("signals.keep.calibrate needs known answers, and prompts.verifier is none: remove one")
+        if keep.calibrate and not self.train.validation_share:
+            raise ValueError("signals.keep.calibrate needs validation prompts: raise train.validation_share above 0")
+        if keep.agreement and self.prompts.verifier == "none":
+            raise ValueError("signals.keep.agreement compares final answers, and prompts.verifier is none: remove one")
+        if keep.agreement and longest + keep.agreement.max_tokens > self.engines.assistant.max_model_len:
+            raise ValueError(
+                f"engines.assistant.max_model_len {self.engines.assistant.max_model_len} is below "
+                f"prompts.max_prompt_tokens {longest} + signals.keep.agreement.max_tokens {keep.agreement.max_tokens}: "
+                "raise it"
+            )
+        method: Any = self.train.method
+        if keep.stand_in and method.compares and method.annotated == "stored":
+            raise ValueError(
+                "signals.keep.stand_in trains on text of the student, of which no distributions of the teacher are "
+                "stored: set train.method.annotated live, or leave stand_in out"
+            )
+
+    def _asked_beside(self) -> None:
+        """What an auxiliary target needs of engines and training."""
+        beside, method = self.auxiliary, self.train.method
+        if not beside:
+            return
+        if "on_policy_share" in type(method).model_fields and method.on_policy_share == 1:
+            raise ValueError(
+                f"auxiliary: train.method {method.type} trains on rollouts alone, so its targets would only be paid "
+                "for: lower train.method.on_policy_share below 1, or leave auxiliary out"
+            )
+        needed = self.prompts.max_prompt_tokens + beside.template_tokens + beside.max_tokens
+        if not self.text_only and needed > self.engines.teacher.max_model_len:
+            raise ValueError(
+                f"engines.teacher.max_model_len {self.engines.teacher.max_model_len} is below "
+                f"prompts.max_prompt_tokens {self.prompts.max_prompt_tokens} + auxiliary.template's "
+                f"{beside.template_tokens} at most + auxiliary.max_tokens {beside.max_tokens}: raise it"
             )
 
     def _recurs(self) -> None:
