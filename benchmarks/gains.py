@@ -2,20 +2,27 @@
 
 Accuracy is the mean over tasks of a task's share of right answers. Intervals resample seeds and, within each task,
 problems, 2,000 times (the two-way bootstrap of `kernels/bootstrap.py`); two arms are compared on the same draws, and on
-the seeds that both have. With one seed only problems are resampled.
+the seeds that both have. With one seed only problems are resampled. Cells of other house models are not compared.
+
+Arms of one budget have equally many teacher queries, not equally many teacher tokens (read and written in annotation,
+decided in rollouts). At equal tokens an arm is compared with the straight line between those two budgets of the other
+whose tokens lie on either side of its own; nothing is said beyond the largest or below the smallest budget.
 
 Shapes: P problems of a task, S seeds, R resamples.
 """
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.grid import GATES, METHOD, METHODS, PUBLISHED_TEACHER_SHARE, SIGNALS, Arm
+from benchmarks.grid import BUDGETS, GATES, METHOD, METHODS, PUBLISHED_TEACHER_SHARE, SIGNALS, Arm
 
 RESAMPLES = 2000
 KEYS = (
@@ -32,10 +39,18 @@ Grid = dict[str, NDArray]
 
 
 def load(folder: Path) -> Found:
-    """Results by arm and seed."""
+    """Results by arm and seed. ValueError where they are of different house models."""
     found: Found = {}
+    first: Any = None
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
+        first = first or result
+        if others := [role for role, mark in result["models"].items() if first["models"].get(role) != mark]:
+            raise ValueError(
+                f"{path}: its {others[0]} is {result['models'][others[0]]}, that of {first['cell']} is "
+                f"{first['models'].get(others[0])}: cells of different house models are no comparison, remove the old "
+                "ones and run them again"
+            )
         found.setdefault(Arm(**result["arm"]), {})[result["seed"]] = result
     return found
 
@@ -78,13 +93,43 @@ def drawn(generator: np.random.Generator, size: int, resamples: int) -> NDArray:
 
 
 def compared(found: Found, one: Arm, other: Arm, figure: Callable[..., Any]) -> dict[str, Any] | None:
-    """A figure of two arms with its interval; None where no seed has both."""
+    """A figure of two arms with its interval, and the first one's teacher tokens as a share of the other's; None where
+    no seed has both."""
     seeds = sorted(found.get(one, {}).keys() & found.get(other, {}).keys())
     if not seeds:
         return None
     grids = [shares(found[arm], seeds) for arm in (one, other)]
     value = figure(*map(accuracy, grids))
-    return {"value": round(float(value), 4), "interval": interval(grids, figure), "seeds": seeds}
+    tokens = round(tokens_of(found[one], seeds) / tokens_of(found[other], seeds), 3)
+    return {"value": round(float(value), 4), "interval": interval(grids, figure), "seeds": seeds, "tokens": tokens}
+
+
+def tokens_of(cells: dict[int, dict[str, Any]], seeds: list[int]) -> float:
+    """Teacher tokens of a cell, the mean over these seeds."""
+    return mean(cells[seed]["teacher_tokens"] for seed in seeds)
+
+
+def at_equal_tokens(found: Found, one: Arm, other: Arm) -> dict[str, Any] | None:
+    """The relative gain of an arm over another with as many teacher tokens; None where no cells tell."""
+    arms = [replace(other, budget=budget) for budget in BUDGETS]
+    own, ladder = found.get(one, {}), [(arm, found[arm]) for arm in arms if arm in found]
+    for (less, below), (more, above) in pairwise(ladder):
+        seeds = sorted(own.keys() & below.keys() & above.keys())
+        if not seeds:
+            continue
+        wanted, low, high = (tokens_of(cells, seeds) for cells in (own, below, above))
+        if not low <= wanted <= high or low == high:
+            continue
+        share = (wanted - low) / (high - low)
+
+        def figure(own: Any, below: Any, above: Any, share: float = share) -> Any:
+            return relative(own, (1 - share) * below + share * above)
+
+        grids = [shares(found[arm], seeds) for arm in (one, less, more)]
+        value = figure(*map(accuracy, grids))
+        between = {"value": round(float(value), 4), "interval": interval(grids, figure), "seeds": seeds}
+        return {**between, "tokens": round(wanted), "budgets": [less.budget, more.budget]}
+    return None
 
 
 def relative(one: Any, other: Any) -> Any:
@@ -101,9 +146,9 @@ def arm_row(arm: Arm, cells: dict[int, dict[str, Any]]) -> dict[str, Any]:
     seeds = sorted(cells)
     grid = shares(cells, seeds)
 
-    def mean(key: str) -> float | None:
+    def average(key: str) -> float | None:
         known = [cell[key] for cell in cells.values() if cell.get(key) is not None]
-        return sum(known) / len(known) if known else None
+        return mean(known) if known else None
 
     return {
         "arm": arm,
@@ -111,12 +156,12 @@ def arm_row(arm: Arm, cells: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "accuracy": accuracy(grid),
         "interval": interval([grid], lambda value: value),
         "tasks": {task: float(values.mean()) for task, values in grid.items()},
-        "intervention_rate": mean("intervention_rate"),
+        "intervention_rate": average("intervention_rate"),
         "published": PUBLISHED_TEACHER_SHARE.get(arm.gate) if arm.method == METHOD else None,
-        "teacher_tokens": mean("teacher_tokens"),
-        "online_teacher_tokens": mean("online_teacher_tokens"),
-        "response_length": mean("response_length"),
-        "seconds": mean("seconds"),
+        "teacher_tokens": average("teacher_tokens"),
+        "online_teacher_tokens": average("online_teacher_tokens"),
+        "response_length": average("response_length"),
+        "seconds": average("seconds"),
     }
 
 
@@ -148,6 +193,11 @@ def summary(found: Found) -> dict[str, Any]:
             if name != "none"
         },
         "against_fine_tuning": compared(found, Arm(), Arm(method="sft", signals="none"), relative),
+        "at_equal_tokens": {
+            arm.budget: at_equal_tokens(found, arm, Arm(signals="none"))
+            for arm in (Arm(budget=budget) for budget in BUDGETS)
+            if arm in found
+        },
         "methods": {arm.method: result for arm, result in others.items()},
         "gates": {gate: result for gate in GATES if (result := compared(found, Arm(gate=gate), Arm(), difference))},
         "by_length": by_length(found, best),

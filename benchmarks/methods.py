@@ -37,7 +37,10 @@ def main() -> None:
     if arguments.report or arguments.page:
         from benchmarks import gains, results_page
 
-        found = gains.load(arguments.results)
+        try:
+            found = gains.load(arguments.results)
+        except ValueError as error:
+            parser.exit(2, f"error: {error}\n")
         summary = gains.summary(found)
         if arguments.page:
             results_page.write(found, summary)

@@ -62,11 +62,28 @@ def arms(summary: dict[str, Any]) -> str:
 
 def comparisons(found: dict[str, Any], signed: str) -> str:
     rows = [
-        [name, percent(result["value"], signed=True), bounds(result["interval"]), str(len(result["seeds"]))]
+        [
+            *(name, percent(result["value"], signed=True), bounds(result["interval"]), str(len(result["seeds"]))),
+            f"{result['tokens']:.2f}",
+        ]
         for name, result in found.items()
         if result
     ]
-    return table(["", signed, "95 % interval", "seeds"], rows) if rows else "No cells yet."
+    head = ["", signed, "95 % interval", "seeds", "teacher tokens, of the other's"]
+    return table(head, rows) if rows else "No cells yet."
+
+
+def equal_tokens(found: dict[int, dict[str, Any] | None]) -> str:
+    """The gain of all signals where no signals have as many teacher tokens."""
+    rows = []
+    for budget, result in found.items():
+        if result:
+            less, more = result["budgets"]
+            figures = [percent(result["value"], signed=True), bounds(result["interval"]), str(len(result["seeds"]))]
+            rows.append([str(budget), f"{result['tokens']:,}", f"{less} and {more}", *figures])
+        else:
+            rows.append([str(budget), "–", "no cells on either side yet", "–", "–", "–"])
+    return table(["queries", "teacher tokens", "none, queries", "gain", "95 % interval", "seeds"], rows)
 
 
 def verdicts(summary: dict[str, Any]) -> list[str]:
@@ -81,6 +98,13 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
             f"All signals with two stages against none: {percent(gain, True)} % relative ({100 * low:.1f} to "
             f"{100 * high:.1f}); aimed at {100 * TARGET:.2f} % with an interval above 0: {met}."
         )
+        others = {"at equal teacher tokens": summary["at_equal_tokens"].get(BUDGET)}
+        others["against plain fine-tuning"] = summary["against_fine_tuning"]
+        lines += [
+            f"The same {name}: {percent(found['value'], True)} % ({bounds(found['interval'])})."
+            for name, found in others.items()
+            if found
+        ]
     if lead is not None:
         low, high = summary["switch_interval"]
         met = "met" if low > 0 else "missed"
@@ -126,6 +150,9 @@ def text(found: Found, summary: dict[str, Any]) -> str:
         "## Signals",
         f"Relative gain over no signals (queries at random, every annotation kept), `{METHOD}`, %:",
         comparisons(summary["by_signals"] | {"all, against plain fine-tuning": summary["against_fine_tuning"]}, "gain"),
+        "Signals choose prompts whose answers are longer or shorter than others. At equal teacher tokens, by the line "
+        "between those two budgets of no signals whose tokens lie on either side:",
+        equal_tokens(summary["at_equal_tokens"]) if summary["at_equal_tokens"] else "No cells yet.",
         "## Methods",
         "SWITCH minus another method, all signals, points:",
         comparisons(summary["methods"], "lead"),

@@ -135,10 +135,10 @@ def asks_approval(settings: RunConfig, root: str, plan: "Plan", redo_from: str |
     """What a person would have to agree to; empty where nothing is left to ask the teacher, or they have."""
     from flows.approval import above
     from flows.record import load_record
-    from tasks.accounts import ANNOTATIONS
+    from tasks.accounts import annotates
 
     known = load_record(open_store(root), plan.run)
-    left = redo_from or any(not stage.done for stage in plan.stages if stage.name in ANNOTATIONS)
+    left = redo_from or any(not stage.done for stage in plan.stages if annotates(stage.name))
     agreed = known is not None and known.approved and not redo_from
     return above(settings.budget) if left and not agreed else ""
 
@@ -268,7 +268,7 @@ def doctor(config: ConfigFile, root: Root = "runs/default", set_: Set = None, js
 
 @app.command()
 def up() -> None:
-    """Start Prefect's server, a worker and a Ray head on loopback; runs use them until ``down``."""
+    """Start Prefect's server, a worker and a Ray head on loopback, unless they run; runs use them until ``down``."""
     with console.status("starting Prefect's server, a worker and a Ray head"):
         local = Local.start()
     print(f"Prefect  {local.prefect_url.removesuffix('/api')}\nRay      {local.ray_address}")
@@ -293,6 +293,8 @@ def main() -> None:
     except UserError as error:
         for problem in error.problems:
             print(visible(f"error: {problem}"), file=sys.stderr)
+        if "--json" in sys.argv:
+            print(json.dumps({"state": "Refused", "problems": error.problems}), flush=True)
         code = 2
     except typer.Abort:
         code = INTERRUPTED

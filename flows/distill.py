@@ -14,12 +14,14 @@ from prefect.states import Failed
 from flows.approval import above, wait_for_approval
 from flows.cycle import identities
 from flows.ends import StageDamaged, end_of
+from flows.mentor import mentor
 from flows.runner import Runner, run_name
 from flows.story import Pipeline, Planner
-from tasks.accounts import ANNOTATIONS
+from flows.targets import auxiliary
+from flows.teachers import annotate, last, together
+from tasks.accounts import annotates
 from tasks.config.preset import Settings
 from tasks.config.run import OPERATIONAL
-from tasks.ledger import Caps, caps_of
 from tasks.promoted import Promotion
 
 
@@ -27,7 +29,10 @@ def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
     """Models and prompts, which everything else starts from. Of runs that follow each other each takes new prompts."""
     config, stage, after = pipeline.config, pipeline.stage, found["after"]
     plain = config.model_dump(mode="json", exclude=OPERATIONAL)
-    models = stage("models", "tasks.models", {"models": plain["models"], "identities": found["models"]})
+    further = {peer["name"]: peer["model"] for peer in plain["peers"]["teachers"]} if config.peers else {}
+    further |= {"mentor": plain["mentor"]["model"]} if config.mentor else {}
+    settings = {"models": plain["models"], "identities": found["models"], **({"further": further} if further else {})}
+    models = stage("models", "tasks.models", settings)
     earlier = {f"earlier-{number}": path for number, path in enumerate(after["earlier"], 1)} if after else {}
     follows = config.recurring and {
         "earlier": list(earlier),
@@ -62,33 +67,32 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     budget, shard_size = config.budget, config.sampling.shard_size
     template_args, compares = config.models.chat_template_args, config.train.method.compares
     shared = {"shard_size": shard_size, "template_args": template_args}
-    longest = None if config.text_only else config.prompts.max_prompt_tokens
     rival: Promotion | None = found["promoted"]
     # A warm start: the student that learns is the promoted one, and so is what it is compared with.
     warm = {"promoted": rival.manifest} if rival and found["warm"] else {}
 
-    def annotate(name: str, table: str, prompts: str, caps: Caps, **before: str) -> str:
-        """The teacher answers, as far as the budget goes. ``before``: an earlier stage charged to it."""
-        settings = {"role": "teacher", "engine": "teacher", "table": table, "sampling": plain["sampling"]["teacher"]}
-        kept = {"logprobs": compares, "distributions": plain["sampling"]["distributions"]}
-        earlier = next(iter(before), "").replace("_", "-") or None
-        charged = {"caps": caps.model_dump(mode="json"), "charged_by": earlier, "prompt_tokens": longest}
-        settings |= {**kept, **shared, **charged, "seed": config.seed}
-        return stage(name, "tasks.sample", settings, models=models, prompts=prompts, **before)
-
-    def keep(name: str, table: str, prompts: str, samples: str) -> str:
-        """The TA scores the teacher's answers; a rule keeps or drops them."""
-        settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": plain["signals"]["keep"]}
+    def keep(name: str, table: str, prompts: str, samples: str, own: dict[str, str], charged: bool = True) -> str:
+        """The TA scores the teachers' answers; a rule keeps or drops them. What nobody was charged for is a mentor's,
+        which nobody reviews. ``own``: the student's answers that may stand in."""
+        rule = {key: value for key, value in plain["signals"]["keep"].items() if own or key != "stand_in"}
+        settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": rule}
+        if config.peers and config.peers.review and charged:
+            settings["peer_review"] = config.peers.review.threshold
+        if not charged:
+            settings["charges"] = False
         if config.signals.keep.calibrate:
             settings |= {"validation_share": config.train.validation_share, "seed": config.seed}
-        return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples)
+        return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples, **own)
 
     # Prepare: models that load anywhere; prompts that are whole, new and apart from the held-out ones.
     models, prompts = prepare(pipeline, found)
 
     # Warm up: a small share of the budget on random prompts makes a student whose signals mean something.
-    warmup_samples = annotate("warmup-annotate", "warmup", prompts, caps_of(budget, budget.warmup_share))
-    warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_samples)
+    share, at_warmup = budget.warmup_share, {"table": "warmup", **shared}
+    warmup_samples = annotate(pipeline, "warmup-annotate", (0.0, share), {}, at_warmup, models, prompts)
+    warmup_answers = together(pipeline, "warmup-review", warmup_samples, at_warmup, models, prompts)
+    warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_answers, {})
+    targets = auxiliary(pipeline, "warmup-auxiliary", share, last(warmup_samples), at_warmup, models, prompts)
     warmup = stage(
         "warmup-train",
         "tasks.train",
@@ -98,10 +102,12 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "student_input": "promoted" if warm else "models",
             "rows": ["warmup-keep"],
             "stage_name": "warmup",
+            **({"auxiliary": list(targets)} if targets else {}),
         },
         models=models,
         warmup_keep=warmup_kept,
         **warm,
+        **targets,
     )
 
     # Signals: where the student contradicts itself, and where the TA doubts it, the teacher is worth asking.
@@ -138,8 +144,21 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     )
 
     # Annotate: the rest of the budget, on the selected prompts.
-    samples = annotate("annotate", "selected", selected, caps_of(budget), warmup_annotate=warmup_samples)
-    kept = keep("keep", "selected", selected, samples)
+    charged, at_selected = last(targets or warmup_samples), {"table": "selected", **shared}
+    samples = annotate(pipeline, "annotate", (share, 1.0), charged, at_selected, models, selected)
+    answers = together(pipeline, "review", samples, at_selected, models, selected)
+    own = {"select": selected, "student_sample": student_samples} if config.signals.keep.stand_in else {}
+    kept = keep("keep", "selected", selected, answers, own)
+    targets |= auxiliary(pipeline, "auxiliary", 1.0, last(samples), at_selected, models, selected)
+
+    # Mentor: a model between both learns what was kept, and annotates prompts that the teacher was not asked about.
+    mentored = {}
+    if config.mentor:
+        rows = {"warmup_keep": warmup_kept, "keep": kept}
+        mentored = mentor(pipeline, rows, shared, models=models, prompts=prompts, select=selected)
+        mentored["mentor_keep"] = keep(
+            "mentor-keep", "candidates", prompts, mentored["mentor_annotate"], {}, charged=False
+        )
 
     # Replay: rows that earlier runs kept, so that the student does not forget them.
     replayed = {}
@@ -168,13 +187,17 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "rows": ["warmup-keep", "keep", *replayed],
             "stage_name": "train",
             "online_teacher_tokens": budget.online_teacher_tokens,
+            **({"soft_rows": "mentor-keep", "soft_share": config.mentor.soft_share} if config.mentor else {}),
+            **({"auxiliary": list(targets)} if targets else {}),
         },
         models=models,
         warmup_train=warmup,
         warmup_keep=warmup_kept,
         keep=kept,
         **replayed,
-        **({"annotate": samples, "student_sample": student_samples} if compares else {}),
+        **targets,
+        **({"mentor_keep": mentored["mentor_keep"]} if mentored else {}),
+        **({"annotate": samples["annotate"], "student_sample": student_samples} if compares else {}),
     )
 
     # Evaluate: base and teacher once and for all; warmed-up and final student with every change. The promoted student
@@ -227,17 +250,20 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         },
         models=models,
         prompts=prompts,
-        warmup_annotate=warmup_samples,
+        **warmup_samples,
         warmup_keep=warmup_kept,
         warmup_train=warmup,
         student_sample=student_samples,
         select=selected,
-        annotate=samples,
+        **samples,
         keep=kept,
         train=final,
         evaluate_before=before,
         evaluate_after=after,
         **replayed,
+        **({"warmup_review": warmup_answers, "review": answers} if config.peers else {}),
+        **mentored,
+        **targets,
     )
 
 
@@ -246,7 +272,7 @@ def approve(runner: Runner, found: dict[str, Any], approved: bool) -> None:
     budget, record = runner.config.budget, runner.record
     planner = Planner(runner.config, runner.store.uri, runner.run, runner.redo)
     story(planner, found)
-    asks = any(not runner.store.exists(spec.manifest_path) for spec in planner.specs if spec.stage in ANNOTATIONS)
+    asks = any(not runner.store.exists(spec.manifest_path) for spec in planner.specs if annotates(spec.stage))
     if asks and not record.approved and (what := above(budget)):
         if not approved:
             wait_for_approval(what, budget)

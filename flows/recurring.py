@@ -19,6 +19,7 @@ from flows.record import RunRecord, load_record
 from flows.runner import Runner, run_name
 from infra.manifest import load_manifest
 from infra.store import Store, open_store
+from tasks.accounts import teacher_queries
 from tasks.config import RunConfig
 from tasks.config.preset import Settings
 from tasks.cycles import read_cycles, update
@@ -51,7 +52,7 @@ class CycleRunner(Runner):
             self.start.cycle.number,
             state="done",
             kept=[manifests[name].path for name in ("warmup-keep", "keep")],
-            queries=sum(manifests[name].facts["queries"] for name in ("warmup-annotate", "annotate")),
+            queries=teacher_queries(manifests) or 0,
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from infra.process import Guarded
+from infra.terminal import visible
 
 START_SECONDS = 120.0
 # How long a tail takes to notice that its job ended, at most.
@@ -179,12 +180,13 @@ class Job:
             self._lines.put(LOG_LOST)
 
     def lines(self) -> Iterator[str]:
-        """Lines written since the last call, as Ray's tail brings them: a second or two late."""
+        """Lines written since the last call, as Ray's tail brings them: a second or two late. What a terminal would act
+        on is written out: others than ours print here too."""
         with suppress(queue.Empty):
             while True:
                 line = self._lines.get_nowait()
                 self._given += line != LOG_LOST
-                yield line
+                yield visible(line)
 
     def rest(self) -> Iterator[str]:
         """The remaining lines of an ended job. Its tail looks for news and for the job's end every other second, so the
@@ -195,7 +197,7 @@ class Job:
             self._tail.join(TAIL_SECONDS)
             yield from self.lines()
             return
-        yield from written.removesuffix("\n").split("\n")[self._given :]
+        yield from map(visible, written.removesuffix("\n").split("\n")[self._given :])
 
     @property
     def status(self) -> str:

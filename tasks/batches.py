@@ -5,6 +5,7 @@ width.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,26 +41,44 @@ class Data:
 def read_data(
     store: Store,
     inputs: list[Manifest],
+    auxiliary: list[Manifest] | None = None,
     *,
     seed: int,
     validation_share: float,
     max_length: int,
     max_new_tokens: int,
     stored: bool = False,
+    soft: list[Manifest] | None = None,
 ) -> Data:
-    """Kept rows and charged prompts of all inputs; ``max_new_tokens`` 0: the method starts no rollouts; ``stored``:
-    rows bring the teacher's distributions along.
+    """Kept rows and charged prompts of all inputs, and kept rows of the ``auxiliary`` ones; ``max_new_tokens`` 0: the
+    method starts no rollouts; ``stored``: rows bring the teacher's distributions along; ``soft``: inputs with rows of
+    a mentor, which bring the mentor's.
 
     The side of a prompt, training or validation, is drawn by its id and the seed: all its rows fall on one side, in
-    every stage of a run, and no rollout starts from a validation prompt.
+    every stage of a run, and no rollout starts from a validation prompt. Auxiliary rows of validation prompts are not
+    used at all: what the answers are worth chooses the weights. A mentor's rows are trained on only: what it wrote is
+    no measure of the student.
     """
-    kept = _concat(store, inputs, "kept", KEPT, [*KEPT_COLUMNS, "distributions"] if stored else KEPT_COLUMNS)
-    prompt_T, response_T = (pc.list_value_length(kept[name]) for name in ("prompt_token_ids", "token_ids"))
-    short = pc.less_equal(pc.add(prompt_T, response_T), max_length)
-    empty = pc.equal(pc.multiply(prompt_T, response_T), 0)
-    left_out = {"rows_too_long": _count(pc.invert(short)), "rows_empty": _count(empty)}
-    kept = kept.filter(pc.and_not(short, empty))
-    held_out = _held_out(kept, seed, validation_share)
+    columns, left_out = [*KEPT_COLUMNS, "distributions"] if stored else KEPT_COLUMNS, Counter[str]()
+
+    def fitting(manifests: list[Manifest], columns: list[str]) -> tuple[pa.Table, pa.Table]:
+        """Rows of usable length, to train on and of validation prompts."""
+        rows = _concat(store, manifests, "kept", KEPT, columns)
+        prompt_T, response_T = (pc.list_value_length(rows[name]) for name in ("prompt_token_ids", "token_ids"))
+        short = pc.less_equal(pc.add(prompt_T, response_T), max_length)
+        empty = pc.equal(pc.multiply(prompt_T, response_T), 0)
+        left_out.update(rows_too_long=_count(pc.invert(short)), rows_empty=_count(empty))
+        rows = rows.filter(pc.and_not(short, empty))
+        held_out = _held_out(rows, seed, validation_share)
+        return rows.filter(pc.invert(held_out)), rows.filter(held_out)
+
+    kept, validation = fitting(inputs, columns)
+    if auxiliary:
+        targets, unused = fitting(auxiliary, columns)
+        left_out["auxiliary_of_validation"] = unused.num_rows
+        kept = pa.concat_tables([kept, targets])
+    if soft is not None:
+        kept = _beside(kept, pa.concat_tables(fitting(soft, [*KEPT_COLUMNS, "distributions"])))
 
     prompts = CHARGED.empty_table().select(CHARGED_COLUMNS)
     if max_new_tokens:
@@ -70,12 +89,22 @@ def read_data(
         held_out_prompts = _held_out(prompts, seed, validation_share)
         left_out["prompts_of_validation"] = _count(held_out_prompts)
         prompts = prompts.filter(pc.invert(held_out_prompts))
-    return Data(kept.filter(pc.invert(held_out)), kept.filter(held_out), prompts, left_out)
+    return Data(kept, validation, prompts, dict(left_out))
 
 
 def _concat(store: Store, inputs: list[Manifest], table: str, schema: pa.Schema, columns: list[str]) -> pa.Table:
     parts = (part for manifest in inputs for part in read_table(store, manifest, table, columns))
     return pa.concat_tables([schema.empty_table().select(columns), *parts])
+
+
+def _beside(kept: pa.Table, soft: pa.Table) -> pa.Table:
+    """Rows with a mentor's behind them; column ``soft`` tells them apart."""
+    if "distributions" not in kept.column_names:
+        kept = kept.append_column("distributions", pa.nulls(kept.num_rows, pa.binary()))
+    return pa.concat_tables(
+        table.append_column("soft", pa.array([flag] * table.num_rows, pa.bool_()))
+        for flag, table in ((False, kept), (True, soft))
+    )
 
 
 def _count(mask: pa.BooleanArray) -> int:
@@ -111,8 +140,8 @@ class Order:
 @dataclass(frozen=True)
 class Sequence:
     """A prompt and a response. ``teacher_hidden_TG``: what the teacher's projection saw at each response position;
-    ``distributions``: the teacher's there, as the annotation kept them; ``drawn_2T``: of each token the log-probability
-    it was drawn with, and its advantage, where the method has such."""
+    ``distributions``: the teacher's there, as the annotation kept them, or with ``soft`` a mentor's; ``drawn_2T``: of
+    each token the log-probability it was drawn with, and its advantage, where the method has such."""
 
     name: str
     prompt: Tensor
@@ -121,6 +150,7 @@ class Sequence:
     on_policy: bool = False
     teacher_hidden_TG: Tensor | None = None
     distributions: bytes | None = None
+    soft: bool = False
     drawn_2T: Tensor | None = None
 
     def __len__(self) -> int:
@@ -130,7 +160,8 @@ class Sequence:
 def row_sequence(rows: pa.Table, index: int) -> Sequence:
     row = rows.slice(index, 1).to_pylist()[0]
     prompt, response = torch.tensor(row["prompt_token_ids"]), torch.tensor(row["token_ids"])
-    return Sequence(row["row_id"], prompt, response, row["weight"], distributions=row.get("distributions"))
+    labels = {"distributions": row.get("distributions"), "soft": row.get("soft", False)}
+    return Sequence(row["row_id"], prompt, response, row["weight"], **labels)
 
 
 def prompt_of(prompts: pa.Table, index: int) -> tuple[str, Tensor]:

@@ -184,7 +184,7 @@ class Dispatch:
         """Take calls from the source: as many as there are replicas, to see its end in time; one where it is sent at
         once."""
         while not self.over and len(self.ahead) < (len(self.replicas) if self.shares else 1):
-            following = next(self.source, END)
+            following: Any = next(self.source, END)
             if following is None:
                 return
             if following is END:

@@ -3,7 +3,8 @@
     python -m tasks.keep --spec SPEC.json
 
 Every annotation stays in ``scores`` with its confidence and the reason it was kept or dropped. The confidence may be
-calibrated first (``tasks/calibrate.py``).
+calibrated first (``tasks/calibrate.py``), the TA's own answer may have to agree (``tasks/agreement.py``), and the
+student's text may stand in (``tasks/stand_in.py``, from inputs ``select`` and ``student-sample``).
 """
 
 import math
@@ -16,16 +17,17 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from infra.manifest import read_part
-from kernels.consistency import consistency
-from tasks import schemas
+from tasks import agreement, schemas
 from tasks.calibrate import Fit, fitted
 from tasks.config.base import Config
 from tasks.config.signals import Confidence, Keep, PTrue
 from tasks.engines import Call, engines, model_of
+from tasks.keeping import choose, judged, replaced, threshold
+from tasks.review import mean_scores
 from tasks.sample import slices
 from tasks.score import as_confidence, confidence_call
 from tasks.stage import Stage, main
-from tasks.verify import final_answer, is_correct
+from tasks.stand_in import OwnAnswers
 
 CONFIDENCE = pa.schema([("sample_id", pa.string()), ("confidence", pa.float32())])
 
@@ -43,6 +45,10 @@ class KeepSettings(Config):
     """The rule."""
     template_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template."""
+    peer_review: float | None = None
+    """Least mean score by the other teachers (tables of ``tasks.review`` beside the samples); none where absent."""
+    charges: bool = True
+    """Whether the samples were charged to the budget: rollouts start from charged prompts only."""
     validation_share: float = 0.0
     """Training's: which prompts are validation, where the confidence is calibrated."""
     seed: int = 0
@@ -70,7 +76,7 @@ def with_distributions(stage: Stage[KeepSettings], shard: int, samples: pa.Table
 
 
 def score(stage: Stage[KeepSettings]) -> None:
-    """Commit the TA's confidence in every sample."""
+    """Commit the TA's confidence in every sample, and its own answers where these have to agree."""
     settings = stage.settings
     done = stage.done("confidence")
     shards = stage.input("samples").tables["samples"].parts
@@ -92,9 +98,11 @@ def score(stage: Stage[KeepSettings]) -> None:
     rows_done = sum(part.rows for part in done.values())
     total = sum(part.rows for part in shards)
     stage.progress(rows_done, total, "answers")
-    if len(done) < len(shards):
+    agrees = settings.keep.agreement
+    if len(done) < len(shards) or (agrees and len(stage.done(agreement.TABLE)) < len(shards)):
         with engines(stage) as access:
-            for (shard, samples), values in access.pool("assistant", assistant).map(calls()):
+            pool = access.pool("assistant", assistant)
+            for (shard, samples), values in pool.map(calls()):
                 confidences = as_confidence(settings.confidence, values)
                 stage.commit(
                     "confidence",
@@ -103,44 +111,21 @@ def score(stage: Stage[KeepSettings]) -> None:
                 )
                 rows_done += samples.num_rows
                 stage.progress(rows_done, total, "answers")
+            if agrees:
+                asked = ((shard, prompts) for shard, prompts, _ in pairs(stage))
+                agreement.ask(stage, pool, assistant, agrees, asked, len(shards), settings.template_args)
     stage.close_table("confidence", CONFIDENCE)
+    if agrees:
+        stage.close_table(agreement.TABLE, agreement.ANSWER)
 
 
-def threshold(keep: Keep, confidences: np.ndarray) -> float:
-    """The confidence from which an annotation is kept."""
-    if keep.rule == "absolute":
-        return keep.threshold
-    if keep.rule == "quantile" and not np.isnan(confidences).all():
-        return float(np.nanquantile(confidences, keep.threshold))
-    return 0.0
-
-
-def reason(keep: Keep, least: float, sample: dict[str, Any], confidence: float) -> str:
-    """Why one annotation is kept or dropped."""
-    if not sample["text"].strip():
-        return "empty"
-    if keep.drop_truncated and sample["finish_reason"] == "length":
-        return "truncated"
-    if math.isnan(confidence):
-        return "unscored"
-    return "kept" if confidence >= least else "below_threshold"
-
-
-def choose(keep: Keep, scores: list[dict[str, Any]], confidences: list[float]) -> None:
-    """Of several kept annotations of a prompt leave one: the majority's by final answer where that is the rule, and
-    among these the one that the TA trusts most. The others are dropped as ``not_chosen``."""
-    by_prompt: dict[str, list[int]] = {}
-    for number, row in enumerate(scores):
-        if row["kept"]:
-            by_prompt.setdefault(row["prompt_id"], []).append(number)
-    for prompt_id, numbers in by_prompt.items():
-        standing = numbers
-        if keep.answers == "majority":
-            majority = consistency([scores[number]["final_answer"] for number in numbers], prompt_id).majority_answer
-            standing = [number for number in numbers if scores[number]["final_answer"] == majority]
-        best = max(standing, key=lambda number: confidences[number])
-        for number in set(numbers) - {best}:
-            scores[number] |= {"kept": False, "reason": "not_chosen"}
+def doubts(stage: Stage[KeepSettings], shard: int, samples: pa.Table) -> set[str]:
+    """Ids of a shard's samples that the other teachers' mean score is too low for, or that none of them could score."""
+    least = stage.settings.peer_review
+    if least is None:
+        return set()
+    scores = mean_scores(stage.store, stage.input("samples"), shard)
+    return {name for name in samples["sample_id"].to_pylist() if scores.get(name, -1.0) < least}
 
 
 def filter_shard(
@@ -151,38 +136,27 @@ def filter_shard(
     confidences: np.ndarray,
     fit: Fit | None,
     least: float,
+    own: OwnAnswers | None,
 ) -> None:
     """Commit one shard's scores, kept rows and charged prompts."""
     keep, rows = stage.settings.keep, samples.to_pylist()
-    scores, kept = [], []
+    doubted = doubts(stage, shard, samples)
+    answers = agreement.answers_of(stage, shard) if keep.agreement else {}
     deciding = (fit.map(confidences) if fit else confidences).tolist()
-    for prompt, sample, raw, confidence in zip(prompts, rows, confidences.tolist(), deciding, strict=True):
-        why = reason(keep, least, sample, confidence)
-        scores.append(
-            {
-                **{name: sample[name] for name in ("sample_id", "prompt_id", "text")},
-                "source": prompt["source"],
-                "final_answer": final_answer(prompt["verifier"], sample["text"], prompt["entry"]),
-                "correct": is_correct(prompt["verifier"], sample["text"], prompt["answer"], prompt["entry"]),
-                "ta_teacher": None if math.isnan(raw) else raw,
-                "calibrated": confidence if fit and not math.isnan(raw) else None,
-                "calibrates": sample["sample_id"] in fit.seen if fit else None,
-                "kept": why == "kept",
-                "reason": why,
-            }
-        )
+    scores = [
+        judged(keep, least, prompt, sample, confidence, answers)
+        | {
+            "ta_teacher": None if math.isnan(raw) else raw,
+            "calibrated": confidence if fit and not math.isnan(raw) else None,
+            "calibrates": sample["sample_id"] in fit.seen if fit else None,
+        }
+        for prompt, sample, raw, confidence in zip(prompts, rows, confidences.tolist(), deciding, strict=True)
+    ]
+    for row in scores:
+        if row["kept"] and row["sample_id"] in doubted:
+            row |= {"kept": False, "reason": "peer_review"}
     if keep.answers != "all":
         choose(keep, scores, deciding)
-    for row, sample, confidence in zip(scores, rows, deciding, strict=True):
-        if row["kept"]:
-            kept.append(
-                {
-                    **{name: row[name] for name in ("sample_id", "prompt_id", "source")},
-                    **{name: sample[name] for name in ("prompt_token_ids", "token_ids", "distributions")},
-                    "row_id": sample["sample_id"],
-                    "weight": confidence if keep.rule == "weight" else 1.0,
-                }
-            )
     charged = {
         sample["prompt_id"]: {
             "prompt_id": sample["prompt_id"],
@@ -190,7 +164,27 @@ def filter_shard(
             "prompt_token_ids": sample["prompt_token_ids"],
         }
         for prompt, sample in zip(prompts, rows, strict=True)
+        if stage.settings.charges
     }
+    if own and keep.stand_in:
+        for prompt_id, found in own.of(charged).items():
+            confidence = float(fit.map(np.array([found.confidence]))[0]) if fit else found.confidence
+            prompt = next(prompt for prompt in prompts if prompt["prompt_id"] == prompt_id)
+            row = judged(keep, least, prompt, found.sample, confidence, answers)
+            if replaced(keep.stand_in, scores, deciding, row, confidence):
+                scores.append(row | {"reason": "stand_in"})
+                rows.append(found.sample)
+                deciding.append(confidence)
+    kept = [
+        {
+            **{name: row[name] for name in ("sample_id", "prompt_id", "source")},
+            **{name: sample[name] for name in ("prompt_token_ids", "token_ids", "distributions")},
+            "row_id": sample["sample_id"],
+            "weight": confidence if keep.rule == "weight" else 1.0,
+        }
+        for row, sample, confidence in zip(scores, rows, deciding, strict=True)
+        if row["kept"]
+    ]
     stage.commit("scores", shard, pa.Table.from_pylist(scores, schema=schemas.SCORE))
     stage.commit("kept", shard, pa.Table.from_pylist(kept, schema=schemas.KEPT))
     stage.commit("charged", shard, pa.Table.from_pylist(list(charged.values()), schema=schemas.CHARGED))
@@ -210,20 +204,25 @@ def run(stage: Stage[KeepSettings]) -> None:
         )
         stage.facts["calibration"] = {"known": known, "used": fit is not None}
     least = threshold(keep, fit.map(confidences) if fit else confidences)
+    own = OwnAnswers(stage) if keep.stand_in else None
     for shard, prompts, samples in pairs(stage):
-        filter_shard(stage, shard, prompts, samples, confidence_by_shard[shard], fit, least)
+        filter_shard(stage, shard, prompts, samples, confidence_by_shard[shard], fit, least, own)
     for table, schema in (("scores", schemas.SCORE), ("kept", schemas.KEPT), ("charged", schemas.CHARGED)):
         stage.close_table(table, schema)
+    why = reasons(stage)
     stage.facts.update(
         threshold=least,
-        scored=stage.manifest.tables["scores"].rows,
+        scored=stage.manifest.tables["confidence"].rows,
         kept=stage.manifest.tables["kept"].rows,
-        reasons=reasons(stage),
+        reasons=why,
     )
+    if keep.stand_in:
+        stage.facts["stand_ins"] = why.get("stand_in", 0)
     if not stage.facts["kept"]:
+        fix = "lower it" + (", or leave signals.keep.agreement out" if keep.agreement else "")
         raise ValueError(
-            f"signals.keep.threshold: {stage.settings.keep.threshold} ({stage.settings.keep.rule}) kept none of "
-            f"{stage.facts['scored']} annotations ({stage.facts['reasons']}): lower it"
+            f"signals.keep.threshold: {keep.threshold} ({keep.rule}) kept none of {stage.facts['scored']} annotations "
+            f"({why}): {fix}"
         )
 
 

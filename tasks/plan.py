@@ -11,6 +11,9 @@ from tasks.config.train import TrainConfig
 class Plan(BaseModel):
     root: str
     rows: list[str]  # manifests with tables ``kept`` and ``charged``
+    soft_rows: list[str] = []  # manifests whose ``kept`` a mentor wrote, with its distributions
+    soft_share: float = 0.0  # weight of KL(mentor ‖ student) on these
+    auxiliary: list[str] = []  # the same with tables ``kept`` alone: rows that no validation is by
     student: ModelRef
     teacher: ModelRef | None  # whose distributions are learned
     loads_teacher: bool = True  # False: all of them were stored with the rows

@@ -36,7 +36,7 @@ SAMPLE = pa.schema(
     [
         ("sample_id", pa.string()),
         ("prompt_id", pa.string()),
-        ("role", pa.string()),  # teacher | student | base | warmup | final
+        ("role", pa.string()),  # teacher, a further teacher's name, mentor | student | base | warmup | final
         ("model", pa.string()),
         ("revision", pa.string()),
         ("sample_index", pa.int32()),
@@ -65,7 +65,7 @@ QUERY = pa.schema(
 # The sampling model's distributions at every position of a response, where they are asked for: kernels/codec.py.
 DISTRIBUTION = pa.schema([("sample_id", pa.string()), ("distributions", pa.binary())])
 
-# The TA's view of one teacher annotation, kept or not.
+# The TA's view of one teacher annotation, kept or not, or of the student's text that stands in.
 SCORE = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -78,11 +78,36 @@ SCORE = pa.schema(
         ("calibrated", pa.float32()),  # the same as a share correct, which then decides; null where not asked for
         ("calibrates", pa.bool_()),  # whether the calibration was fitted on this row; null where not asked for
         ("kept", pa.bool_()),
-        ("reason", pa.string()),  # kept | below_threshold | empty | truncated | unscored | not_chosen
+        # kept | below_threshold | peer_review | empty | truncated | unscored | disagreement | not_chosen | replaced;
+        # stand_in: a row of the student's text in place of those replaced, the TA's confidence in it stands in SIGNAL
+        ("reason", pa.string()),
     ]
 )
 
-# One training row: an annotation that was kept.
+# What one teacher gave another's annotation.
+REVIEW = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("teacher", pa.string()),  # who wrote it
+        ("reviewer", pa.string()),
+        ("score", pa.float32()),  # confidence that it is right, 0 to 1; null if the reviewer's engine died of it
+    ]
+)
+
+# What the teacher said to a prompt's auxiliary question, kept or not.
+TARGET = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("text", pa.string()),
+        ("kept", pa.bool_()),
+        ("reason", pa.string()),  # kept | empty | truncated
+    ]
+)
+
+# One training row: an annotation that was kept, the student's text that stands in, or an auxiliary target.
 KEPT = pa.schema(
     [
         ("row_id", pa.string()),
@@ -111,7 +136,10 @@ SIGNAL = pa.schema(
         ("majority_answer", pa.string()),
         ("majority_text", pa.string()),
         ("correct", pa.bool_()),  # of the majority answer; null where unknown
-        ("ta_student", pa.float32()),  # the TA's confidence in the majority answer, 0 to 1
+        (
+            "ta_student",
+            pa.float32(),
+        ),  # the TA's confidence in the majority answer; null if its engine died of it
         ("uncertainty", pa.float32()),  # rank average, 0 to 1
         ("selected", pa.bool_()),
         ("reason", pa.string()),  # selected | budget_exhausted | source_cap

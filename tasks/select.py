@@ -103,8 +103,7 @@ def observed_rows(
             "majority_answer": agreement.majority_answer,
             "majority_text": text,
             "correct": is_correct(prompt["verifier"], text, prompt["answer"], prompt["entry"]),
-            # An answer that the TA's engine died of is not worth a query: no doubt in it.
-            "ta_student": 1.0 if isnan(confidence) else confidence,
+            "ta_student": None if isnan(confidence) else confidence,
         }
         for prompt, agreement, text, confidence in zip(prompts, agreements, texts, confidences, strict=True)
     ]
@@ -155,7 +154,8 @@ def uncertainty(select: Select, columns: pa.Table) -> np.ndarray:
     if select.rule == "oracle":
         return np.array([0.5 if known is None else 1.0 - known for known in columns["correct"].to_pylist()])
     column, sign = MEASURES[select.consistency]
-    doubts = [sign * columns[column].to_numpy(), 1.0 - columns["ta_student"].to_numpy()]
+    # An answer that the TA's engine died of is not worth a query: no doubt in it.
+    doubts = [sign * columns[column].to_numpy(), 1.0 - pc.fill_null(columns["ta_student"], 1.0).to_numpy()]
     return rank_average(doubts, [select.consistency_weight, select.assistant_weight])
 
 
@@ -201,7 +201,7 @@ def run(stage: Stage[SelectSettings]) -> None:
         candidates=len(prompt_ids),
         selected=int(selected_N.sum()),
         mean_unique_answers=float(np.mean(columns["unique_answers"].to_numpy())),
-        mean_ta_student=float(np.mean(columns["ta_student"].to_numpy())),
+        mean_ta_student=pc.mean(columns["ta_student"]).as_py(),
     )
 
 

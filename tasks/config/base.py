@@ -9,6 +9,12 @@ from pydantic_core import CoreSchema
 from tasks.config import form
 
 
+def absent(value: Any) -> bool:
+    """For settings that came later: where they are not set they are left out of what is hashed, so that older runs and
+    results keep their names."""
+    return value is None
+
+
 class Config(BaseModel):
     """Immutable settings. Import-light: no torch, ray or vllm below ``tasks/config``."""
 

@@ -5,14 +5,18 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from tasks.config.base import Config
+from tasks.config.auxiliary import Auxiliary
+from tasks.config.base import Config, absent
 from tasks.config.budget import Budget
 from tasks.config.document import parse, read_document
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
+from tasks.config.mentor import Mentor
 from tasks.config.methods import Sft
 from tasks.config.models import Engines, Models, OpenAIModel, PromotedModel
+from tasks.config.peers import FIRST, Everyone, Peers
 from tasks.config.prompts import InboxSource, PromptsConfig
 from tasks.config.recurring import Recurring
+from tasks.config.served import Served, served
 from tasks.config.signals import Distributions, Sampling, Signals
 from tasks.config.trackers import Trackers
 from tasks.config.train import TrainConfig
@@ -27,6 +31,8 @@ OPERATIONAL: Any = {
     "device": True,
     "budget": {"spending_factor": True, "approve_above": True},
     "models": {"teacher": {"service": True, "key_variable": True}},
+    "peers": {"teachers": {"__all__": {"engine": True, "model": {"service": True, "key_variable": True}}}},
+    "mentor": {"engine": True},
 }
 
 
@@ -90,6 +96,8 @@ class RunConfig(Config):
     """Seed of everything that is drawn."""
     models: Models
     """Teacher, teaching assistant, student."""
+    peers: Peers | None = Field(default=None, exclude_if=absent)
+    """Further teachers beside ``models.teacher``. Absent: it is the only one."""
     prompts: PromptsConfig
     """What to learn from."""
     budget: Budget
@@ -98,8 +106,12 @@ class RunConfig(Config):
     """How teacher and student write."""
     signals: Signals = Signals()
     """What steers the queries and the filter."""
+    auxiliary: Auxiliary | None = Field(default=None, exclude_if=absent)
+    """What the teacher is asked beside each answer, for the student to learn too. Absent: nothing."""
     warmup: TrainConfig = TrainConfig(method=Sft(), steps=40)
     """Stage 1."""
+    mentor: Mentor | None = Field(default=None, exclude_if=absent)
+    """A model between teacher and student that annotates further prompts with soft labels. Absent: none."""
     train: TrainConfig = TrainConfig()
     """Stage 2."""
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -123,14 +135,37 @@ class RunConfig(Config):
         return isinstance(self.models.teacher, OpenAIModel)
 
     @property
+    def served(self) -> dict[str, Served]:
+        """Every model by its role, and how it is served."""
+        return served(self)
+
+    @property
+    def teachers(self) -> list[str]:
+        """Roles of the teachers that annotate. The first one is also asked in training."""
+        return self.peers.names if self.peers else [FIRST]
+
+    @property
+    def trainings(self) -> dict[str, TrainConfig]:
+        """Every training by the place of its settings, the student's last one behind."""
+        mentor = {"mentor.train": self.mentor.train} if self.mentor else {}
+        return {"warmup": self.warmup, **mentor, "train": self.train}
+
+    @property
+    def queries_per_prompt(self) -> int:
+        """Teacher queries that a prompt takes: each sample of each teacher that it goes to, and an auxiliary target."""
+        everyone = self.peers and isinstance(self.peers.routing, Everyone)
+        answers = self.sampling.teacher.samples * (len(self.teachers) if everyone else 1)
+        return answers + (self.auxiliary is not None)
+
+    @property
     def warmup_prompts(self) -> int:
-        """Prompts that the teacher annotates for the warm-up. Each of its samples is a query."""
-        return self.budget.warmup_queries // self.sampling.teacher.samples
+        """Prompts that teachers annotate for the warm-up."""
+        return self.budget.warmup_queries // self.queries_per_prompt
 
     @property
     def selected_prompts(self) -> int:
-        """Prompts that the teacher annotates once the signals have chosen them."""
-        return self.budget.queries // self.sampling.teacher.samples - self.warmup_prompts
+        """Prompts that teachers annotate once the signals have chosen them."""
+        return self.budget.queries // self.queries_per_prompt - self.warmup_prompts
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
@@ -139,17 +174,15 @@ class RunConfig(Config):
                 f"budget.warmup_share {self.budget.warmup_share} of {self.budget.queries} queries leaves a stage none:"
                 " raise budget.queries"
             )
-        for name in ("warmup", "train"):
-            method = getattr(self, name).method
+        for name, settings in self.trainings.items():
+            method: Any = settings.method
             if method.compares and method.annotated == "stored" and not self.sampling.distributions:
                 raise ValueError(
                     f"{name}.method.annotated stored needs the teacher's distributions: set sampling.distributions "
                     "({type: top} will do), or annotated live"
                 )
-        if self.signals.keep.calibrate and self.prompts.verifier == "none":
-            raise ValueError("signals.keep.calibrate needs known answers, and prompts.verifier is none: remove one")
-        if self.signals.keep.calibrate and not self.train.validation_share:
-            raise ValueError("signals.keep.calibrate needs validation prompts: raise train.validation_share above 0")
+        self._kept()
+        self._asked_beside()
         rest = self.selected_prompts
         if self.signals.candidates is not None and self.signals.candidates < rest:
             raise ValueError(
@@ -157,15 +190,87 @@ class RunConfig(Config):
                 " raise it, or lower budget.queries"
             )
         self._recurs()
-        served = (("student", self.sampling.student), ("teacher", self.sampling.teacher))
-        for role, sampling in served[: 1 if self.text_only else 2]:
-            engine: Any = getattr(self.engines, role)
-            if self.prompts.max_prompt_tokens + sampling.max_tokens > engine.max_model_len:
+        self._peers_fit()
+        writing = [("student", "sampling.student", self.sampling.student)]
+        writing += [(role, "sampling.teacher", self.sampling.teacher) for role in self.teachers]
+        writing += [("mentor", "mentor.sampling", self.mentor.sampling)] if self.mentor else []
+        for role, field, sampling in writing:
+            model = self.served[role]
+            if isinstance(model.source, OpenAIModel):
+                continue
+            if self.prompts.max_prompt_tokens + sampling.max_tokens > model.engine.max_model_len:
                 raise ValueError(
-                    f"engines.{role}.max_model_len {engine.max_model_len} is below prompts.max_prompt_tokens "
-                    f"{self.prompts.max_prompt_tokens} + sampling.{role}.max_tokens {sampling.max_tokens}: raise it"
+                    f"{model.engine_field}.max_model_len {model.engine.max_model_len} is below "
+                    f"prompts.max_prompt_tokens {self.prompts.max_prompt_tokens} + {field}.max_tokens "
+                    f"{sampling.max_tokens}: raise it"
                 )
         return self
+
+    def _peers_fit(self) -> None:
+        """What several teachers ask of the rest of the settings."""
+        if self.peers is None:
+            if self.budget.prices:
+                raise ValueError("budget.prices are those of further teachers, and there are none: set price")
+            return
+        if self.auxiliary:
+            raise ValueError("auxiliary with peers: its targets are one teacher's: leave one of both out")
+        if self.sampling.distributions:
+            raise ValueError(
+                "sampling.distributions with peers: methods learn the first teacher's distributions, also on what the "
+                "others wrote: leave it out, and set annotated live"
+            )
+        for name in self.budget.prices or {}:
+            if name not in self.peers.names[1:]:
+                raise ValueError(f"budget.prices: no further teacher is called {name!r}: name those of peers.teachers")
+        known = [self.models.teacher]
+        for number, peer in enumerate(self.peers.teachers):
+            if peer.model in known:
+                raise ValueError(f"peers.teachers.{number}.model: {peer.name!r} is a teacher already, remove one")
+            known.append(peer.model)
+        if self.peers.review and sum(not isinstance(source, OpenAIModel) for source in known) < 2:
+            raise ValueError(
+                "peers.review: endpoints review nothing, so it takes two teachers that run here: leave it out"
+            )
+
+    def _kept(self) -> None:
+        """What keeping needs of prompts, models and training."""
+        keep, longest = self.signals.keep, self.prompts.max_prompt_tokens
+        if keep.calibrate and self.prompts.verifier == "none":
+            raise ValueError("signals.keep.calibrate needs known answers, and prompts.verifier is none: remove one")
+        if keep.calibrate and not self.train.validation_share:
+            raise ValueError("signals.keep.calibrate needs validation prompts: raise train.validation_share above 0")
+        if keep.agreement and self.prompts.verifier == "none":
+            raise ValueError("signals.keep.agreement compares final answers, and prompts.verifier is none: remove one")
+        if keep.agreement and longest + keep.agreement.max_tokens > self.engines.assistant.max_model_len:
+            raise ValueError(
+                f"engines.assistant.max_model_len {self.engines.assistant.max_model_len} is below "
+                f"prompts.max_prompt_tokens {longest} + signals.keep.agreement.max_tokens {keep.agreement.max_tokens}: "
+                "raise it"
+            )
+        method: Any = self.train.method
+        if keep.stand_in and method.compares and method.annotated == "stored":
+            raise ValueError(
+                "signals.keep.stand_in trains on text of the student, of which no distributions of the teacher are "
+                "stored: set train.method.annotated live, or leave stand_in out"
+            )
+
+    def _asked_beside(self) -> None:
+        """What an auxiliary target needs of engines and training."""
+        beside, method = self.auxiliary, self.train.method
+        if not beside:
+            return
+        if "on_policy_share" in type(method).model_fields and method.on_policy_share == 1:
+            raise ValueError(
+                f"auxiliary: train.method {method.type} trains on rollouts alone, so its targets would only be paid "
+                "for: lower train.method.on_policy_share below 1, or leave auxiliary out"
+            )
+        needed = self.prompts.max_prompt_tokens + beside.template_tokens + beside.max_tokens
+        if not self.text_only and needed > self.engines.teacher.max_model_len:
+            raise ValueError(
+                f"engines.teacher.max_model_len {self.engines.teacher.max_model_len} is below "
+                f"prompts.max_prompt_tokens {self.prompts.max_prompt_tokens} + auxiliary.template's "
+                f"{beside.template_tokens} at most + auxiliary.max_tokens {beside.max_tokens}: raise it"
+            )
 
     def _recurs(self) -> None:
         """What only makes sense in runs that follow each other, and what does not make sense in them."""

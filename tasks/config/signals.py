@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import Config
+from tasks.config.base import Config, absent
 
 
 class Sampling(Config):
@@ -101,6 +101,20 @@ class Calibration(Config):
     """Annotations of validation prompts with a known answer that it takes; with fewer confidences stay as they are."""
 
 
+class Agreement(Config):
+    """The TA answers the annotated prompts itself, greedily, and its final answer has to be the annotation's."""
+
+    max_tokens: int = Field(default=256, ge=1)
+    """Longest answer of the TA, tokens."""
+
+
+class StandIn(Config):
+    """The student's majority answer replaces annotations that give another one and that the TA trusts clearly less."""
+
+    margin: float = Field(default=0.2, gt=0, le=1)
+    """How much higher the TA's confidence in the student's text has to be, after calibration where there is one."""
+
+
 class Keep(Config):
     """Which annotations enter the training set."""
 
@@ -116,6 +130,10 @@ class Keep(Config):
     of the ``majority`` by final answer."""
     calibrate: Calibration | None = None
     """Read the TA's confidence as the share correct, so that thresholds and weights are probabilities; ranks stay."""
+    agreement: Agreement | None = Field(default=None, exclude_if=absent)
+    """Beside the rule: drop annotations whose final answer is not the TA's. Prompts without a verifier have none."""
+    stand_in: StandIn | None = Field(default=None, exclude_if=absent)
+    """Train on the student's text where the TA trusts it clearly more than the teacher's, and the rule keeps it."""
 
 
 class Select(Config):
@@ -142,11 +160,13 @@ class Select(Config):
         return self
 
 
+# The TA has no say.
+KEEP_ALL: dict[str, Any] = {"rule": "all", "agreement": None, "stand_in": None}
 # What a run with some of the signals does without the others: queries at random, every annotation kept.
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "none": {"select": {"rule": "random"}, "keep": {"rule": "all"}},
-    "consistency": {"select": {"rule": "signals", "assistant_weight": 0.0}, "keep": {"rule": "all"}},
-    "ta_student": {"select": {"rule": "signals", "consistency_weight": 0.0}, "keep": {"rule": "all"}},
+    "none": {"select": {"rule": "random"}, "keep": KEEP_ALL},
+    "consistency": {"select": {"rule": "signals", "assistant_weight": 0.0}, "keep": KEEP_ALL},
+    "ta_student": {"select": {"rule": "signals", "consistency_weight": 0.0}, "keep": KEEP_ALL},
     "ta_teacher": {"select": {"rule": "random"}},
 }
 

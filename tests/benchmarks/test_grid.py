@@ -1,6 +1,8 @@
 """The grid of compared runs: cells that differ in what they should, and a report that finds what is in the figures."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from benchmarks.grid import GATES, METHODS, SEEDS, Arm, Cell, core, grid, settin
 from tasks.config import RunConfig
 
 HOUSE = Path("/house")
+ROOT = Path(__file__).parent.parent.parent
 
 
 def differing(one: Any, other: Any, path: str = "") -> set[str]:
@@ -66,7 +69,7 @@ def test_signals_by_name_set_their_rules() -> None:
     assert signals("all").select.rule == "signals"
 
 
-def write(folder: Path, arm: Arm, seed: int, right: float, problems: int = 60) -> None:
+def write(folder: Path, arm: Arm, seed: int, right: float, problems: int = 60, **more: Any) -> None:
     """A cell's file whose students are right with this probability; the same luck in all arms of a seed."""
     luck = np.random.default_rng(seed).random((2, 2, problems))
     correct = {
@@ -85,6 +88,8 @@ def write(folder: Path, arm: Arm, seed: int, right: float, problems: int = 60) -
         "seconds": 60.0,
         "teacher_tokens": 1000,
         "conditions": {"date": "2026-01-01", "processor": "a processor", "cores": 2},
+        "models": {"teacher": "t1", "student": "s1"},
+        **more,
     }
     (folder / f"{result['cell']}.json").write_text(json.dumps(result))
 
@@ -123,6 +128,45 @@ def test_only_seeds_that_both_arms_have_are_compared(tmp_path: Path) -> None:
     summary = gains.summary(gains.load(tmp_path))
     assert summary["signals_relative_gain"] == 0
     assert (summary["switch_minus_best_other"], summary["switch_interval"]) == (None, None)
+
+
+def test_at_equal_tokens_none_is_read_between_its_budgets(tmp_path: Path) -> None:
+    none = [Arm(signals="none", budget=budget) for budget in (60, 120, 240)]
+    for seed in SEEDS:
+        write(tmp_path, Arm(), seed, 0.6, teacher_tokens=3000)
+        for arm, right, tokens in zip(none, (0.2, 0.3, 0.5), (1000, 2000, 4000), strict=True):
+            write(tmp_path, arm, seed, right, teacher_tokens=tokens)
+        write(tmp_path, Arm(budget=240), seed, 0.7, teacher_tokens=5000)
+    found = gains.load(tmp_path)
+    summary = gains.summary(found)
+    equal = summary["at_equal_tokens"]
+    own, below, above = (gains.accuracy(gains.shares(found[arm], SEEDS)) for arm in (Arm(), none[1], none[2]))
+    # Halfway between 2,000 and 4,000 tokens.
+    assert equal[120]["value"] == pytest.approx(own / (below / 2 + above / 2) - 1, abs=1e-4)
+    assert (equal[120]["tokens"], equal[120]["budgets"]) == (3000, [120, 240])
+    low, high = equal[120]["interval"]
+    assert low < equal[120]["value"] < high
+    assert equal[120]["value"] < summary["by_signals"]["all"]["value"]
+    assert summary["by_signals"]["all"]["tokens"] == 1.5
+    # More tokens than no signals had anywhere: nothing can be said.
+    assert equal[240] is None
+    page = results_page.text(found, summary)
+    assert "| 120 | 3,000 | 120 and 240 | +" in page
+    assert "| 240 | – | no cells on either side yet |" in page
+    assert "- The same at equal teacher tokens: +" in page
+    assert "against plain fine-tuning: " not in page
+
+
+def test_cells_of_other_house_models_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, Arm(), 1, 0.6)
+    write(tmp_path, Arm(signals="none"), 1, 0.6, models={"teacher": "t1", "student": "s2"})
+    with pytest.raises(ValueError, match="its student is s2, that of switch-all-120-seed1 is s1") as caught:
+        gains.load(tmp_path)
+    assert "\n" not in str(caught.value)
+    command = [sys.executable, "-m", "benchmarks.methods", "--report", "--results", str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert said.returncode == 2
+    assert said.stderr.startswith("error: ")
 
 
 def test_without_cells_everything_is_unknown(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Settings: what is refused, in one line with field, value and fix, before anything starts."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,21 @@ def test_overrides_are_yaml_by_path(tmp_path: Path) -> None:
         ),
         ({"signals.keep.calibrate": {}, "prompts.verifier": "none"}, "config", "prompts.verifier is none"),
         ({"signals.keep.calibrate": {}, "train.validation_share": 0.0}, "config", "raise train.validation_share"),
+        ({"signals.keep.agreement": {}, "prompts.verifier": "none"}, "config", "prompts.verifier is none"),
+        ({"signals.keep.agreement": {"max_tokens": 100}}, "config", "engines.assistant.max_model_len 256"),
+        ({"signals.keep.stand_in": {}}, "config", "set train.method.annotated live"),
+        ({"signals.keep.stand_in": {"margin": 0}}, "signals.keep.stand_in.margin", "greater than 0"),
+        ({"auxiliary": {"template": "Key facts?"}}, "auxiliary", "stands in it 0 times: give it once"),
+        ({"auxiliary": {"weight": 0}}, "auxiliary.weight", "greater than 0"),
+        ({"auxiliary": {"max_tokens": 60}}, "config", "engines.teacher.max_model_len 256"),
+        (
+            {"auxiliary": {}, "train.method": {"type": "gkd", "on_policy_share": 1}},
+            "config",
+            "trains on rollouts alone",
+        ),
+        ({"auxiliary": {}, "budget.queries": 3}, "config", "leaves a stage none"),
         ({"sampling.teacher.max_tokens": 4000}, "config", "max_model_len"),
+        ({"engines.student": {"vllm": {"seed": 1}}}, "engines.student", "seed is set by the engine itself"),
         ({"prompts.sources": []}, "prompts.sources", "at least 1"),
         ({"prompts.verifier": "guess"}, "prompts", "module:function"),
         ({"models.student": {"type": "prune", "layers": [0]}}, "models.student.prune.of", "required"),
@@ -167,3 +182,9 @@ def test_exit_2_one_line_no_traceback(arguments: list[str], said: str) -> None:
     assert result.returncode == 2
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_programs_read_why_they_were_refused() -> None:
+    refused = switchyard("plan", "configs/quickstart.yaml", "--set", "budget.queries=x", "--json")
+    (problem,) = json.loads(refused.stdout)["problems"]
+    assert problem.startswith("budget.queries")

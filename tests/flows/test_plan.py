@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import tiny
 
+from flows.distill import story
 from flows.plan import Plan, plan_run
+from flows.story import Planner
+from tasks.accounts import ANNOTATIONS
 from tasks.config import RunConfig
 
 STAGES = [
@@ -80,6 +83,58 @@ def test_calibrated_keeping_depends_on_which_prompts_are_validation(planned: Cal
 
     assert keeping(None, 0.1) == keeping(None, 0.2)
     assert not set(keeping({}, 0.1)) & set(keeping({}, 0.2))
+
+
+def test_settings_that_are_not_set_name_nothing_anew(planned: Callable[..., Plan]) -> None:
+    def keeping(**rule: Any) -> dict[str, str]:
+        def change(data: dict[str, Any]) -> None:
+            data["signals"]["keep"].update(rule)
+            data["train"]["method"]["annotated"] = "live"
+
+        return {stage.name: stage.fingerprint for stage in planned(change).stages}
+
+    plain = keeping()
+    assert keeping(agreement=None, stand_in=None) == plain
+    changed = {name for name, mark in keeping(stand_in={"margin": 0.3}).items() if mark != plain[name]}
+    assert changed == {"keep", "train", "evaluate-after", "report"}
+    assert keeping(agreement={"max_tokens": 8})["warmup-keep"] != plain["warmup-keep"]
+
+
+BESIDE = {"template": "{question} Facts:", "max_tokens": 8}
+
+
+def test_auxiliary_targets_are_charged_to_the_same_budget(planned: Callable[..., Plan], models: Path) -> None:
+    data = tiny.settings(models)
+    plain, data["auxiliary"] = RunConfig.model_validate(data), BESIDE
+    config = RunConfig.model_validate(data)
+    assert (plain.warmup_prompts, plain.selected_prompts) == (12, 12)
+    assert (config.warmup_prompts, config.selected_prompts) == (6, 6)
+    plan = planned(lambda data: data.update(auxiliary=BESIDE))
+    assert plan.problems == []
+    assert [name for name in plan.names if name not in STAGES] == ["warmup-auxiliary", "auxiliary"]
+    assert plan.teacher_queries == 24
+    assert plan.teacher_tokens == 12 * (192 + 12) + 12 * (192 + len(" Facts:") + 8)
+    planner = Planner(config, "unused", "run", {})
+    nothing: dict[str, Any] = {"models": {}, "sources": [], "warm": False, "after": None, "promoted": None}
+    story(planner, nothing)
+    specs = {spec.stage: spec for spec in planner.specs}
+    # Each stage that asks knows what those before it were charged, and none may come to more than the budget.
+    chain = [name for name in specs if specs[name].settings.get("caps")]
+    assert chain == ["warmup-annotate", "warmup-auxiliary", "annotate", "auxiliary"] == list(ANNOTATIONS)
+    assert [specs[name].settings["charged_by"] for name in chain] == [None, *chain[:-1]]
+    assert [specs[name].settings["caps"]["queries"] for name in chain] == [12, 12, 24, 24]
+    assert specs["auxiliary"].settings["sampling"]["samples"] == 1
+    evaluated = [specs[name] for name in ("evaluate-before", "evaluate-after")]
+    assert all("auxiliary" not in spec.inputs for spec in evaluated)
+
+
+def test_tokens_have_to_cover_a_prompt_with_its_auxiliary_target(planned: Callable[..., Plan]) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["budget"]["tokens"] = 2 * 300
+
+    assert planned(change).problems == []
+    (problem,) = planned(lambda data: [change(data), data.update(auxiliary=BESIDE)]).problems
+    assert "do not cover one prompt, which may take 411 tokens" in problem
 
 
 @pytest.mark.parametrize(

@@ -124,4 +124,21 @@ def test_a_row_leads_back_to_prompt_samples_scores_and_models(tmp_path: Path) ->
     assert found["seed"] == 5
     with pytest.raises(ValueError, match="trained on no such row"):
         trace(store, run, "s2")
+    assert found["other annotations"] == []
     assert all(not damages for _, damages in verify(store, run, repair=False))
+
+
+def test_a_stand_in_leads_back_to_the_student_and_to_what_it_replaced(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    own = {"prompt_id": "p1", "sample_id": "own0", "text": "4"}
+    scores = [{"prompt_id": "p1", "sample_id": "s1", "reason": "replaced"}, own | {"reason": "stand_in"}]
+    kept = {"prompt_id": "p1", "sample_id": "own0", "row_id": "own0"}
+    run = record(
+        store,
+        stage(store, "student-sample", "c", tables={"samples": (schemas.SAMPLE, [own])}),
+        stage(store, "keep", "f", tables={"kept": (schemas.KEPT, [kept]), "scores": (schemas.SCORE, scores)}),
+    )
+    found = trace(store, run, "own0")
+    assert found["TA's score"]["reason"] == "stand_in"
+    assert found["student's answer that stands in"]["text"] == "4"
+    assert [row["reason"] for row in found["other annotations"]] == ["replaced"]

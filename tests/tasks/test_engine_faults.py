@@ -23,7 +23,7 @@ from tasks.calls import Call
 from tasks.config.signals import Keep
 from tasks.engines import EnginePool
 from tasks.isolate import EngineLost, isolate, joined, part
-from tasks.keep import reason, threshold
+from tasks.keeping import reason, threshold
 from tasks.quarantine import answered, close
 from tasks.stage import Stage, StageSpec
 
@@ -204,7 +204,7 @@ def test_what_is_empty_or_has_no_score_is_not_trained_on() -> None:
     least = threshold(rule, scores)
     assert least == pytest.approx(0.6)
     rows = [{"text": text, "finish_reason": "stop"} for text in ("a", "b", "  ", "d")]
-    reasons = [reason(rule, least, row, score) for row, score in zip(rows, scores, strict=True)]
+    reasons = [reason(rule, least, row, score, other=False) for row, score in zip(rows, scores, strict=True)]
     assert reasons == ["below_threshold", "unscored", "empty", "kept"]
     assert threshold(rule, np.array([nan, nan])) == 0.0
 

@@ -335,3 +335,33 @@ def test_data_leaves_out_what_does_not_fit_and_keeps_prompts_on_one_side(tmp_pat
     assert read(manifests, 0).prompts.num_rows == 0
     assert read(manifests, 13).left_out["prompts_too_long"] == 0
     assert read(manifests, 14).prompts.num_rows == 0
+
+
+def test_auxiliary_rows_are_trained_on_with_their_weight_and_validate_nothing(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    manifests = {}
+    for name, weight in (("keep", 1.0), ("auxiliary", 0.25)):
+        ids_ = [{"row_id": f"{name}{i}", "prompt_id": f"p{i}", "sample_id": "", "source": ""} for i in range(100)]
+        tokens = {"prompt_token_ids": [1, 2], "token_ids": [2] * 3, "weight": weight}
+        long = {"prompt_token_ids": [1] * 20}
+        stage: Stage[Any] = Stage(StageSpec(stage=name, module="", root=store.uri), None)  # type: ignore[arg-type]
+        rows = [row | tokens | (long if row["row_id"] == "auxiliary0" else {}) for row in ids_]
+        stage.write_table("kept", pa.Table.from_pylist(rows, KEPT))
+        if name == "keep":
+            stage.write_table("charged", pa.Table.from_pylist(ids_, CHARGED))
+        manifests[name] = stage.manifest
+
+    def read(auxiliary: list[Manifest]) -> Any:
+        shares: dict[str, Any] = {"validation_share": 0.3, "max_length": 16, "max_new_tokens": 4}
+        return read_data(store, [manifests["keep"]], auxiliary, seed=1, **shares)
+
+    plain, data = read([]), read([manifests["auxiliary"]])
+    assert data.validation.equals(plain.validation)
+    assert data.prompts.equals(plain.prompts)
+    assert "auxiliary_of_validation" not in plain.left_out
+    held_out = set(plain.validation["prompt_id"].to_pylist())
+    beside = data.rows.slice(plain.rows.num_rows).to_pylist()
+    assert {row["prompt_id"] for row in beside} == {f"p{i}" for i in range(1, 100)} - held_out
+    assert {row["weight"] for row in beside} == {0.25}
+    assert data.left_out["rows_too_long"] == 1
+    assert data.left_out["auxiliary_of_validation"] == len(held_out - {"p0"})

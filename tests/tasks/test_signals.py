@@ -5,7 +5,7 @@ import pytest
 
 from infra.models import ModelRef
 from tasks.config.signals import Keep, Select, Verbalized
-from tasks.keep import choose
+from tasks.keeping import choose
 from tasks.schemas import SIGNAL
 from tasks.score import as_confidence, confidence_call, rating
 from tasks.select import DECIDING, uncertainty
