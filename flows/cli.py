@@ -135,10 +135,10 @@ def asks_approval(settings: RunConfig, root: str, plan: "Plan", redo_from: str |
     """What a person would have to agree to; empty where nothing is left to ask the teacher, or they have."""
     from flows.approval import above
     from flows.record import load_record
-    from tasks.accounts import ANNOTATIONS
+    from tasks.accounts import annotates
 
     known = load_record(open_store(root), plan.run)
-    left = redo_from or any(not stage.done for stage in plan.stages if stage.name in ANNOTATIONS)
+    left = redo_from or any(not stage.done for stage in plan.stages if annotates(stage.name))
     agreed = known is not None and known.approved and not redo_from
     return above(settings.budget) if left and not agreed else ""
 

@@ -99,7 +99,8 @@ def tokens_by_source(store: Store, manifests: dict[str, Manifest]) -> dict[str, 
 
     parts = []
     for prefix in ("warmup-", ""):
-        samples, scores = manifests.get(f"{prefix}annotate"), manifests.get(f"{prefix}keep")
+        samples = manifests.get(f"{prefix}review") or manifests.get(f"{prefix}annotate")
+        scores = manifests.get(f"{prefix}keep")
         if samples and scores:
             written = read_rows(store, samples, "samples", ["sample_id", "token_ids"])
             named = read_rows(store, scores, "scores", ["sample_id", "source"])

@@ -15,7 +15,6 @@ from tasks.config.models import PromotedModel
 from tasks.config.prompts import InboxSource
 from tasks.cycles import Cycle, Cycles, change, read_cycles
 from tasks.inbox import InboxFile, arrived, current, expand
-from tasks.models import ROLES
 from tasks.models import identity as model_identity
 from tasks.sources import identity as source_identity
 
@@ -129,7 +128,7 @@ def identities(config: RunConfig, contents: dict[str, str]) -> dict[str, Any]:
     what is known of files by their path."""
     sources = [*config.prompts.sources, *config.prompts.heldout_sources]
     return {
-        "models": {role: model_identity(getattr(config.models, role)) for role in ROLES},
+        "models": {role: model_identity(model.source) for role, model in config.served.items()},
         "sources": [contents.get(getattr(source, "path", "")) or source_identity(source) for source in sources],
         "warm": False,
         "after": None,

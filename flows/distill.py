@@ -17,10 +17,10 @@ from flows.ends import StageDamaged, end_of
 from flows.runner import Runner, run_name
 from flows.story import Pipeline, Planner
 from flows.targets import auxiliary
-from tasks.accounts import ANNOTATIONS
+from flows.teachers import annotate, together
+from tasks.accounts import annotates
 from tasks.config.preset import Settings
 from tasks.config.run import OPERATIONAL
-from tasks.ledger import Caps, caps_of
 from tasks.promoted import Promotion
 
 
@@ -28,7 +28,10 @@ def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
     """Models and prompts, which everything else starts from. Of runs that follow each other each takes new prompts."""
     config, stage, after = pipeline.config, pipeline.stage, found["after"]
     plain = config.model_dump(mode="json", exclude=OPERATIONAL)
-    models = stage("models", "tasks.models", {"models": plain["models"], "identities": found["models"]})
+    further = {peer["name"]: peer["model"] for peer in plain["peers"]["teachers"]} if config.peers else {}
+    further |= {"mentor": plain["mentor"]["model"]} if config.mentor else {}
+    settings = {"models": plain["models"], "identities": found["models"], **({"further": further} if further else {})}
+    models = stage("models", "tasks.models", settings)
     earlier = {f"earlier-{number}": path for number, path in enumerate(after["earlier"], 1)} if after else {}
     follows = config.recurring and {
         "earlier": list(earlier),
@@ -56,6 +59,12 @@ def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
     return models, prompts
 
 
+def last(stages: dict[str, str]) -> dict[str, str]:
+    """The last of several stages, by name."""
+    name = next(reversed(stages))
+    return {name: stages[name]}
+
+
 def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     """All stages in order; returns the report's manifest. Planned and run by the same lines."""
     config, stage = pipeline.config, pipeline.stage
@@ -63,24 +72,19 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     budget, shard_size = config.budget, config.sampling.shard_size
     template_args, compares = config.models.chat_template_args, config.train.method.compares
     shared = {"shard_size": shard_size, "template_args": template_args}
-    longest = None if config.text_only else config.prompts.max_prompt_tokens
     rival: Promotion | None = found["promoted"]
     # A warm start: the student that learns is the promoted one, and so is what it is compared with.
     warm = {"promoted": rival.manifest} if rival and found["warm"] else {}
 
-    def annotate(name: str, table: str, prompts: str, caps: Caps, **before: str) -> str:
-        """The teacher answers, as far as the budget goes. ``before``: an earlier stage charged to it."""
-        settings = {"role": "teacher", "engine": "teacher", "table": table, "sampling": plain["sampling"]["teacher"]}
-        kept = {"logprobs": compares, "distributions": plain["sampling"]["distributions"]}
-        earlier = next(iter(before), "").replace("_", "-") or None
-        charged = {"caps": caps.model_dump(mode="json"), "charged_by": earlier, "prompt_tokens": longest}
-        settings |= {**kept, **shared, **charged, "seed": config.seed}
-        return stage(name, "tasks.sample", settings, models=models, prompts=prompts, **before)
-
-    def keep(name: str, table: str, prompts: str, samples: str, **own: str) -> str:
-        """The TA scores the teacher's answers; a rule keeps or drops them. ``own``: the student's that may stand in."""
+    def keep(name: str, table: str, prompts: str, samples: str, charged: bool = True, **own: str) -> str:
+        """The TA scores the teachers' answers; a rule keeps or drops them. What nobody was charged for is a mentor's,
+        which nobody reviews. ``own``: the student's that may stand in."""
         rule = {key: value for key, value in plain["signals"]["keep"].items() if own or key != "stand_in"}
         settings = {"table": table, "confidence": plain["signals"]["confidence"], "keep": rule}
+        if config.peers and config.peers.review and charged:
+            settings["peer_review"] = config.peers.review.threshold
+        if not charged:
+            settings["charges"] = False
         if config.signals.keep.calibrate:
             settings |= {"validation_share": config.train.validation_share, "seed": config.seed}
         return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples, **own)
@@ -89,10 +93,11 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     models, prompts = prepare(pipeline, found)
 
     # Warm up: a small share of the budget on random prompts makes a student whose signals mean something.
-    warmup_samples = annotate("warmup-annotate", "warmup", prompts, caps_of(budget, budget.warmup_share))
-    warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_samples)
-    charged, at_warmup = {"warmup-annotate": warmup_samples}, {"table": "warmup", **shared}
-    targets = auxiliary(pipeline, "warmup-auxiliary", budget.warmup_share, charged, at_warmup, models, prompts)
+    share, at_warmup = budget.warmup_share, {"table": "warmup", **shared}
+    warmup_samples = annotate(pipeline, "warmup-annotate", (0.0, share), {}, at_warmup, models, prompts)
+    warmup_answers = together(pipeline, "warmup-review", warmup_samples, at_warmup, models, prompts)
+    warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_answers)
+    targets = auxiliary(pipeline, "warmup-auxiliary", share, last(warmup_samples), at_warmup, models, prompts)
     warmup = stage(
         "warmup-train",
         "tasks.train",
@@ -144,11 +149,27 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     )
 
     # Annotate: the rest of the budget, on the selected prompts.
-    samples = annotate("annotate", "selected", selected, caps_of(budget), **(targets or charged))
+    at_selected, charged = {"table": "selected", **shared}, targets or last(warmup_samples)
+    samples = annotate(pipeline, "annotate", (share, 1.0), charged, at_selected, models, selected)
+    answers = together(pipeline, "review", samples, at_selected, models, selected)
     own = {"select": selected, "student_sample": student_samples} if config.signals.keep.stand_in else {}
-    kept = keep("keep", "selected", selected, samples, **own)
-    charged, at_selected = {"annotate": samples}, {"table": "selected", **shared}
-    targets |= auxiliary(pipeline, "auxiliary", 1.0, charged, at_selected, models, selected)
+    kept = keep("keep", "selected", selected, answers, **own)
+    targets |= auxiliary(pipeline, "auxiliary", 1.0, last(samples), at_selected, models, selected)
+
+    # Mentor: a model between both learns what was kept, and annotates prompts that the teacher was not asked about.
+    mentored, soft = {}, {}
+    if mentor := config.mentor:
+        learnt = {"train": plain["mentor"]["train"], "seed": config.seed, "student": "mentor", "stage_name": "mentor"}
+        learnt["rows"] = ["warmup-keep", "keep"]
+        trained = stage("mentor-train", "tasks.train", learnt, models=models, warmup_keep=warmup_kept, keep=kept)
+        settings = {"role": "mentor", "engine": "mentor", "weights": "mentor-train", "table": "candidates"}
+        settings |= {name: plain["mentor"][name] for name in ("sampling", "distributions")}
+        settings |= {"further": {"apart_from": "select", "count": mentor.prompts}, "seed": config.seed, **shared}
+        inputs = {"models": models, "prompts": prompts, "mentor_train": trained, "select": selected}
+        written = stage("mentor-annotate", "tasks.sample", settings, **inputs)
+        mentor_kept = keep("mentor-keep", "candidates", prompts, written, charged=False)
+        mentored = {"mentor_train": trained, "mentor_annotate": written, "mentor_keep": mentor_kept}
+        soft = {"soft_rows": "mentor-keep", "soft_share": mentor.soft_share}
 
     # Replay: rows that earlier runs kept, so that the student does not forget them.
     replayed = {}
@@ -178,6 +199,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "stage_name": "train",
             "online_teacher_tokens": budget.online_teacher_tokens,
             **({"auxiliary": list(targets)} if targets else {}),
+            **soft,
         },
         models=models,
         warmup_train=warmup,
@@ -185,7 +207,8 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         keep=kept,
         **replayed,
         **targets,
-        **({"annotate": samples, "student_sample": student_samples} if compares else {}),
+        **({"mentor_keep": mentored["mentor_keep"]} if mentored else {}),
+        **({"annotate": samples["annotate"], "student_sample": student_samples} if compares else {}),
     )
 
     # Evaluate: base and teacher once and for all; warmed-up and final student with every change. The promoted student
@@ -238,18 +261,20 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         },
         models=models,
         prompts=prompts,
-        warmup_annotate=warmup_samples,
+        **warmup_samples,
         warmup_keep=warmup_kept,
         warmup_train=warmup,
         student_sample=student_samples,
         select=selected,
-        annotate=samples,
+        **samples,
         keep=kept,
         train=final,
         evaluate_before=before,
         evaluate_after=after,
         **replayed,
         **targets,
+        **({"warmup_review": warmup_answers, "review": answers} if config.peers else {}),
+        **mentored,
     )
 
 
@@ -258,7 +283,7 @@ def approve(runner: Runner, found: dict[str, Any], approved: bool) -> None:
     budget, record = runner.config.budget, runner.record
     planner = Planner(runner.config, runner.store.uri, runner.run, runner.redo)
     story(planner, found)
-    asks = any(not runner.store.exists(spec.manifest_path) for spec in planner.specs if spec.stage in ANNOTATIONS)
+    asks = any(not runner.store.exists(spec.manifest_path) for spec in planner.specs if annotates(spec.stage))
     if asks and not record.approved and (what := above(budget)):
         if not approved:
             wait_for_approval(what, budget)

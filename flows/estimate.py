@@ -7,13 +7,15 @@ checked. In small runs starts outweigh the work: what a job costs before it work
 
 import os
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from flows.story import on_gpu
 from tasks.config import RunConfig
 from tasks.config.models import FreshModel, ModelSource, OpenAIModel, PrunedModel
+from tasks.config.peers import FIRST, BySource, Everyone
 from tasks.config.prompts import ReasoningGymSource
 from tasks.config.train import TrainConfig
-from tasks.models import ROLES, parameters_on_disk
+from tasks.models import parameters_on_disk
 
 GIB = 1 << 30
 DECODE_FLOPS_PER_CORE = 20e9
@@ -74,6 +76,17 @@ def candidates(config: RunConfig) -> int:
     return min(config.signals.candidates or left, left) if known else config.signals.candidates or 0
 
 
+def answering(config: RunConfig) -> list[float]:
+    """Of the prompts that are asked, each teacher's share: all of them where everyone answers."""
+    peers = config.peers
+    if peers is None or isinstance(peers.routing, Everyone):
+        return [1.0] * len(config.teachers)
+    if isinstance(peers.routing, BySource):
+        # What each source has is known once prompts are read.
+        return [1 / len(config.teachers)] * len(config.teachers)
+    return [after - before for before, after in pairwise([0.0, *peers.parts()])]
+
+
 def estimate(config: RunConfig) -> Estimate:
     """The whole run's costs by stage."""
     gpu = on_gpu(config)
@@ -81,9 +94,8 @@ def estimate(config: RunConfig) -> Estimate:
     decode = DECODE_FLOPS_PER_GPU if gpu else DECODE_FLOPS_PER_CORE * cores
     train = TRAIN_FLOPS_PER_GPU * config.resources.train_workers if gpu else TRAIN_FLOPS_PER_CORE * cores
     start = START_SECONDS["gpu" if gpu else "cpu"]
-    teacher, assistant, student = (
-        parameters(getattr(config.models, role)) for role in ("teacher", "assistant", "student")
-    )
+    sizes = {role: parameters(model.source) for role, model in config.served.items()}
+    teacher, assistant, student = (sizes[role] for role in ("teacher", "assistant", "student"))
     replicas, longest = config.engines.teacher.replicas, config.prompts.max_prompt_tokens
     result = Estimate()
 
@@ -91,22 +103,35 @@ def estimate(config: RunConfig) -> Estimate:
         tokens = int(prompts * samples * length * FILL)
         result.stages[name] = Cost(prompts * samples, tokens, start + 2 * size * tokens / decode / replicas)
 
-    def annotate(name: str, prompts: int, samples: int, length: int) -> None:
-        sample(name, prompts, samples, length, teacher)
-        if isinstance(source := config.models.teacher, OpenAIModel):
+    def ask(name: str, role: str, prompts: int, samples: int, length: int) -> None:
+        sample(name, prompts, samples, length, sizes[role])
+        if isinstance(source := config.served[role].source, OpenAIModel):
             service = source.service
             pace = 60 / service.requests_per_minute if service.requests_per_minute else 0.0
             each = max(pace, ANSWER_SECONDS / service.concurrency)
             result.stages[name].seconds = start + result.stages[name].rows * each
 
-    def score(name: str, annotations: int) -> None:
+    def annotate(name: str, prompts: int) -> None:
+        for role, part in zip(config.teachers, answering(config), strict=True):
+            own = name if role == FIRST else f"{name}-{role}"
+            ask(own, role, round(prompts * part), written.samples, written.max_tokens)
+        if config.peers:
+            here = [role for role in config.teachers if not isinstance(config.served[role].source, OpenAIModel)]
+            # Each reads what the others wrote.
+            parts = dict(zip(config.teachers, answering(config), strict=True))
+            reviews = prompts * sum(sum(parts.values()) - parts[role] for role in here) if config.peers.review else 0
+            size = max((sizes[role] for role in here), default=0.0)
+            reviewed = round(reviews * written.samples)
+            sample(name.replace("annotate", "review"), reviewed, 1, longest + written.max_tokens, size)
+
+    def score(name: str, prompts: int, answers: int) -> None:
         """The TA reads, and answers itself where annotations have to agree."""
         agreement = config.signals.keep.agreement
-        sample(name, annotations, 1, longest + (agreement.max_tokens if agreement else 0), assistant)
+        sample(name, prompts, answers, longest + (agreement.max_tokens if agreement else 0), assistant)
 
-    def fit(name: str, settings: TrainConfig) -> None:
+    def fit(name: str, settings: TrainConfig, size: float = student) -> None:
         tokens = int(settings.steps * settings.batch_size * settings.max_length * FILL)
-        flops = 6 * student * tokens
+        flops = 6 * size * tokens
         method = settings.method
         if method.asks_teacher:
             flops += 2 * teacher * tokens
@@ -118,44 +143,64 @@ def estimate(config: RunConfig) -> Estimate:
     warmup, rest = config.warmup_prompts, config.selected_prompts
     asked, heldout = candidates(config), config.prompts.heldout
     written, own = config.sampling.teacher, config.sampling.student
-    annotate("warmup-annotate", warmup, written.samples, written.max_tokens)
-    score("warmup-keep", warmup)
+    annotate("warmup-annotate", warmup)
+    score("warmup-keep", warmup, config.answers_per_prompt)
     fit("warmup-train", config.warmup)
     sample("student-sample", asked, own.samples, own.max_tokens, student)
     sample("select", asked, 1, longest, assistant)
-    annotate("annotate", rest, written.samples, written.max_tokens)
-    score("keep", rest)
+    annotate("annotate", rest)
+    score("keep", rest, config.answers_per_prompt)
+    if mentor := config.mentor:
+        further = min(mentor.prompts, max(0, asked - rest) or mentor.prompts)
+        fit("mentor-train", mentor.train, sizes["mentor"])
+        wrote = mentor.sampling
+        sample("mentor-annotate", further, wrote.samples, wrote.max_tokens, sizes["mentor"])
+        score("mentor-keep", further * wrote.samples, 1)
     fit("train", config.train)
     if beside := config.auxiliary:
-        annotate("warmup-auxiliary", warmup, 1, beside.max_tokens)
-        annotate("auxiliary", rest, 1, beside.max_tokens)
+        ask("warmup-auxiliary", FIRST, warmup, 1, beside.max_tokens)
+        ask("auxiliary", FIRST, rest, 1, beside.max_tokens)
     seeds, length = len(config.evaluate.seeds), config.evaluate.max_tokens
     sample("evaluate-before", heldout, seeds, length, teacher + student)
     sample("evaluate-after", heldout, seeds, length, 2 * student)
     for name, starts in (("models", 2), ("prompts", 1), ("report", 1)):
         result.stages[name] = Cost(seconds=starts * start)
 
-    result.teacher_queries = (warmup + rest) * config.queries_per_prompt
     prompts = warmup + rest
-    read, answered = (prompts * written.samples * most for most in (longest, written.max_tokens))
+    result.teacher_queries = prompts * config.queries_per_prompt
+    read, answered = (prompts * config.answers_per_prompt * most for most in (longest, written.max_tokens))
+    targets = (0, 0)
     if beside:
-        read, answered = read + prompts * (longest + beside.template_tokens), answered + prompts * beside.max_tokens
-    result.teacher_tokens = min(read + answered, config.budget.tokens or read + answered)
-    if (price := config.budget.price) is not None:
-        most = float(price.of(read, answered))
-        result.teacher_money = f"{min(most, config.budget.money or most):,.4g} {price.currency}"
+        targets = prompts * (longest + beside.template_tokens), prompts * beside.max_tokens
+    tokens = read + answered + sum(targets)
+    result.teacher_tokens = min(tokens, config.budget.tokens or tokens)
+    if config.budget.price is not None:
+        prices = [config.budget.price_of(role) or config.budget.price for role in config.teachers]
+        # What it would come to if all were asked of one teacher.
+        alone = [float(price.of(read, answered)) for price in prices]
+        parts = answering(config)
+        most = sum(own * part for own, part in zip(alone, parts, strict=True)) / sum(parts)
+        if config.peers and isinstance(config.peers.routing, BySource):
+            most = max(alone)
+        most += float(config.budget.price.of(*targets))
+        result.teacher_money = f"{min(most, config.budget.money or most):,.4g} {config.budget.price.currency}"
     width = 2 if gpu else 4
     # Roles with the same model and settings share their engines.
     serving = {
-        repr((source, engine)): (parameters(source) * width / GIB + PROCESS_GIB + engine.kv_cache_gib) * engine.replicas
-        for source, engine in ((getattr(config.models, role), getattr(config.engines, role)) for role in ROLES)
-        if not isinstance(source, OpenAIModel)
+        repr((model.source, model.engine)): (
+            (sizes[role] * width / GIB + PROCESS_GIB + model.engine.kv_cache_gib) * model.engine.replicas
+        )
+        for role, model in config.served.items()
+        if not isinstance(model.source, OpenAIModel)
     }
     engines = sum(serving.values())
     beside = teacher if config.train.method.asks_teacher else 0
-    training = (16 * student + width * beside) / GIB + 2 * PROCESS_GIB
+    between = sizes.get("mentor", 0.0)
+    training = max(16 * student + width * beside, 16 * between) / GIB + 2 * PROCESS_GIB
     result.memory_gib = SERVICES_GIB + (
         max(engines, training) if config.resources.release_engines else engines + training
     )
-    result.disk_gib = (4 * (teacher + student) + 12 * student * (1 + config.train.keep_checkpoints)) / GIB + 0.1
+    trained = 12 * student * (1 + config.train.keep_checkpoints)
+    trained += 12 * between * (1 + config.mentor.train.keep_checkpoints) if config.mentor else 0
+    result.disk_gib = (4 * (teacher + student) + trained) / GIB + 0.1
     return result

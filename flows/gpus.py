@@ -6,7 +6,6 @@ from pathlib import Path
 from flows.story import on_gpu
 from tasks.config import RunConfig
 from tasks.config.models import OpenAIModel
-from tasks.models import ROLES
 
 
 def gpus_here() -> int:
@@ -23,9 +22,9 @@ def gpus_taken(config: RunConfig) -> tuple[int, int]:
     if not on_gpu(config):
         return 0, 0
     engines = {
-        repr((source, engine)): engine.replicas * engine.tensor_parallel
-        for source, engine in ((getattr(config.models, role), getattr(config.engines, role)) for role in ROLES)
-        if not isinstance(source, OpenAIModel)
+        repr((model.source, model.engine)): model.engine.replicas * model.engine.tensor_parallel
+        for model in config.served.values()
+        if not isinstance(model.source, OpenAIModel)
     }
     return sum(engines.values()), config.resources.train_workers * config.resources.gpus_per_worker
 

@@ -15,7 +15,7 @@ from tasks.config.models import (
     StudentSource,
 )
 from tasks.model_files import check_weights, model_files
-from tasks.models import ROLES, gguf_path
+from tasks.models import gguf_path
 
 
 def origin(source: StudentSource) -> HuggingFaceModel | GgufModel:
@@ -37,11 +37,10 @@ def templates(config: RunConfig) -> list[str]:
     """Every tokenizer that prompts go through has a chat template."""
     if config.models.chat_template:
         return []
-    sources = {role: getattr(config.models, role) for role in ROLES}
     return [
-        f"models.{role}: its tokenizer has no chat template: set models.chat_template"
-        for role, source in sources.items()
-        if not isinstance(source, OpenAIModel) and not model_files(origin(source)).has_template
+        f"{model.field}: its tokenizer has no chat template: set models.chat_template"
+        for model in config.served.values()
+        if not isinstance(model.source, OpenAIModel) and not model_files(origin(model.source)).has_template
     ]
 
 
@@ -61,8 +60,8 @@ def cached_values(source: StudentSource | OpenAIModel) -> int | None:
 def cache(config: RunConfig) -> list[str]:
     """On CPU, where its size is a setting, an engine's key-value cache holds one sequence of the greatest length."""
     found = []
-    for role in ROLES if not on_gpu(config) else ():
-        engine, values = getattr(config.engines, role), cached_values(getattr(config.models, role))
+    for model in config.served.values() if not on_gpu(config) else ():
+        engine, values = model.engine, cached_values(model.source)
         if values is None:
             continue
         token_bytes = values * (4 if engine.dtype in ("auto", "float32") else 2)
@@ -70,7 +69,7 @@ def cache(config: RunConfig) -> list[str]:
         if engine.kv_cache_gib < needed:
             tokens = int(engine.kv_cache_gib * GIB / token_bytes)
             found.append(
-                f"engines.{role}.kv_cache_gib: {engine.kv_cache_gib:g} hold {tokens:,} tokens, one sequence of "
+                f"{model.engine_field}.kv_cache_gib: {engine.kv_cache_gib:g} hold {tokens:,} tokens, one sequence of "
                 f"max_model_len {engine.max_model_len} takes {needed:.2g} GiB: raise it, or lower max_model_len"
             )
     return found
@@ -81,7 +80,7 @@ def text_only(config: RunConfig) -> list[str]:
     found = [
         f"{name}.method: {settings.method.type} compares distributions, which models.teacher (openai) does not show: "
         "use sft or seqkd, or a teacher that runs here"
-        for name, settings in (("warmup", config.warmup), ("train", config.train))
+        for name, settings in config.trainings.items()
         if settings.method.compares
     ]
     if config.sampling.distributions:
@@ -95,7 +94,7 @@ def distributions(config: RunConfig) -> list[str]:
     """For methods that compare distributions: one token map, one width of logits, one end of sequence."""
     assert not isinstance(config.models.teacher, OpenAIModel)
     teacher, student = origin(config.models.teacher), origin(config.models.student)
-    comparing = [settings.method.type for settings in (config.warmup, config.train) if settings.method.compares]
+    comparing = [settings.method.type for settings in config.trainings.values() if settings.method.compares]
     if not comparing or teacher == student:
         return []
     try:
@@ -120,6 +119,24 @@ def distributions(config: RunConfig) -> list[str]:
             f"models.student: it ends with token {ours['end']}, the teacher with {theirs['end']}: set eos_token_id in "
             "its generation_config.json"
         )
+    return found
+
+
+def family(config: RunConfig) -> list[str]:
+    """Further teachers that run here, and a mentor, write the student's tokens: its rows are theirs."""
+    student, found = origin(config.models.student), []
+    for model in list(config.served.values())[3:]:
+        if isinstance(model.source, OpenAIModel) or origin(model.source) == student:
+            continue
+        try:
+            ours, theirs = vocabulary(student), vocabulary(origin(model.source))
+        except (ValueError, OSError) as error:
+            found.append(f"{model.field}: its tokenizer cannot be read ({' '.join(str(error).split())[:300]})")
+            continue
+        if (ours["tokens"], ours["end"]) != (theirs["tokens"], theirs["end"]):
+            mentor = model.field == "mentor.model"
+            fix = "take one of its family" if mentor else "serve it behind an endpoint, as type openai"
+            found.append(f"{model.field}: its tokens, or how it ends, differ from the student's: {fix}")
     return found
 
 

@@ -36,6 +36,7 @@ class Plan:
     stages: list[PlannedStage] = field(default_factory=list)
     checks: dict[str, bool] = field(default_factory=dict)  # by name, whether nothing was found
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what the settings mean where that may surprise
     teacher_queries: int = 0
     nothing: str = ""  # why a recurring run would end at once
     teacher_tokens: int = 0
@@ -58,12 +59,13 @@ class Plan:
         if self.nothing:
             return self.nothing
         left = sum(not stage.done for stage in self.stages)
-        return (
+        said = (
             f"{left} of {len(self.stages)} stages to do, about {duration(self.seconds)}; "
             f"{self.teacher_queries:,} teacher queries in all, of at most {self.teacher_tokens:,} tokens"
             f"{self.teacher_money and ' and '}{self.teacher_money}; memory about {self.memory_gib:.1f} GiB, "
             f"disk about {self.disk_gib:.1f} GiB"
         )
+        return "\n".join([said, *self.notes])
 
     def made(self, store: Store, path: str) -> Manifest | None:
         """The manifest of a stage that is complete. One that is damaged stands in the way."""
@@ -84,6 +86,26 @@ class Plan:
 
     def facts(self) -> dict[str, Any]:
         return {**asdict(self), "seconds": self.seconds}
+
+
+def notes(config: RunConfig) -> list[str]:
+    """What several teachers do, and a mentor: a line each."""
+    found = []
+    if peers := config.peers:
+        review = f", peer review from {peers.review.threshold:g} on" if peers.review else ""
+        routing = peers.routing.type.replace("_", " ")
+        found.append(f"teachers: {', '.join(config.teachers)}; who answers: {routing}{review}")
+        learn = [method.type for method in (config.warmup.method, config.train.method) if method.compares]
+        if learn:
+            found.append(
+                f"{' and '.join(dict.fromkeys(learn))}: distributions are those of models.teacher, the first teacher, "
+                "also on what the others wrote"
+            )
+    if mentor := config.mentor:
+        found.append(
+            f"mentor: annotates up to {mentor.prompts:,} further prompts with soft labels, at no teacher query"
+        )
+    return found
 
 
 def plan_run(config: RunConfig, root: str) -> Plan:
@@ -127,7 +149,7 @@ def plan_run(config: RunConfig, root: str) -> Plan:
             )
         )
     plan.teacher_queries, plan.teacher_tokens = needs.teacher_queries, needs.teacher_tokens
-    plan.teacher_money = needs.teacher_money
+    plan.teacher_money, plan.notes = needs.teacher_money, notes(config)
     plan.memory_gib, plan.disk_gib = needs.memory_gib, needs.disk_gib
     if not all(stage.done for stage in plan.stages):
         plan.take(preflight(config, root, needs))

@@ -9,14 +9,15 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 from pydantic import ValidationError
 
-from flows.estimate import GIB, Estimate
-from flows.model_checks import cache, distributions, templates, text_only, whole
+from flows.estimate import GIB, Estimate, candidates
+from flows.model_checks import cache, distributions, family, templates, text_only, whole
 from flows.reach import reach
 from flows.story import on_gpu
 from flows.trackers import usable
@@ -27,7 +28,7 @@ from tasks.config.evaluation import Evaluation
 from tasks.config.models import OpenAIModel
 from tasks.config.prompts import InboxSource, ReasoningGymSource
 from tasks.ledger import Amount, caps_of
-from tasks.models import ROLES, identity
+from tasks.models import identity
 from tasks.sources import check as check_source
 from tasks.verify import check_verifier
 
@@ -48,12 +49,13 @@ def problem(where: str, check: Callable[[], Any]) -> list[str]:
 
 def readable(config: RunConfig, root: str) -> Checks:
     """Store, models and sources are there."""
-    models = config.models
-    found = [
-        line for role in ROLES for line in problem(f"models.{role}", partial(identity, getattr(models, role)))
-    ] or [line for role in ROLES for line in problem(f"models.{role}", partial(whole, getattr(models, role)))]
-    if isinstance(models.teacher, OpenAIModel):
-        found += problem("models.teacher", partial(reach, models.teacher))
+    models = config.served.values()
+    found = [line for model in models for line in problem(model.field, partial(identity, model.source))] or [
+        line for model in models for line in problem(model.field, partial(whole, model.source))
+    ]
+    for model in models:
+        if isinstance(model.source, OpenAIModel):
+            found += problem(model.field, partial(reach, model.source))
     own = config.prompts.verifier
     verifier = problem("prompts.verifier", partial(check_verifier, own)) if own != "auto" else []
     return {
@@ -111,11 +113,15 @@ def preflight(config: RunConfig, root: str, needs: Estimate) -> Checks:
         "store can be seen by the cluster": places(config, root),
         "prompts cover the budget": enough(config),
         "budget covers a prompt": affordable(config),
+        **({"mentor has prompts": unasked(config)} if config.mentor else {}),
         "disk, memory and cores": capacity(config, root, needs),
         "lengths": lengths(config),
         "chat templates": templates(config),
         "key-value caches": cache(config),
-        "tokenizers and widths": text_only(config) if config.text_only else distributions(config),
+        "tokenizers and widths": [
+            *(text_only(config) if config.text_only else distributions(config)),
+            *family(config),
+        ],
     }
 
 
@@ -150,16 +156,27 @@ def affordable(config: RunConfig) -> list[str]:
     worst = Amount(1, read, sampling.max_tokens) * sampling.samples
     if beside:
         worst += Amount(1, read + beside.template_tokens, beside.max_tokens)
+    parts = [0.0, *(config.peers.parts() if config.peers else [1.0])]
+    # A teacher that is given nothing covers nothing; one that is given something covers one prompt.
+    least = min(part for part in (after - before or after for before, after in pairwise(parts)) if part)
     found = []
     for unit in ("tokens", "money"):
         caps = caps_of(budget.model_copy(update={"money": None} if unit == "tokens" else {"tokens": None}))
-        share = min(budget.warmup_share, 1 - budget.warmup_share)
+        share = min(budget.warmup_share, 1 - budget.warmup_share) * least
         if getattr(budget, unit) is not None and not caps.cover(worst, share):
             found.append(
                 f"budget.{unit}: {share:.0%} of {getattr(budget, unit):,} do not cover one prompt, which may take "
                 f"{worst.tokens:,} tokens: raise it, or lower sampling.teacher.max_tokens"
             )
     return found
+
+
+def unasked(config: RunConfig) -> list[str]:
+    """Candidates are more than those that the teacher is asked about, as far as they can be counted."""
+    known, asked = candidates(config), config.selected_prompts
+    if known and known <= asked:
+        return [f"mentor: the teacher is asked about all {known} candidates, none is left: raise signals.candidates"]
+    return []
 
 
 def places(config: RunConfig, root: str) -> list[str]:
@@ -203,7 +220,7 @@ def lengths(config: RunConfig) -> list[str]:
     """Training rows fit the longest prompt and response."""
     found = []
     prompt = config.prompts.max_prompt_tokens
-    for name, settings in (("warmup", config.warmup), ("train", config.train)):
+    for name, settings in config.trainings.items():
         response = settings.method.max_new_tokens
         if prompt + response > settings.max_length:
             found.append(

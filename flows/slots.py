@@ -26,7 +26,7 @@ from flows.watch import check_cancelled
 
 POLL_SECONDS = 2.0
 # Modules of stages that ask engines or train.
-AT_WORK = ("tasks.sample", "tasks.keep", "tasks.select", "tasks.train", "tasks.evaluate")
+AT_WORK = ("tasks.sample", "tasks.review", "tasks.keep", "tasks.select", "tasks.train", "tasks.evaluate")
 
 
 def make_slots(name: str, limit: int) -> None:

@@ -73,24 +73,28 @@ def on_gpu(config: RunConfig) -> bool:
 
 def runtime(config: RunConfig, run: str) -> Runtime:
     """Where stages run and how models are served."""
-    gpu, kept, price = on_gpu(config), config.sampling.distributions, config.budget.price
+    gpu, price, models = on_gpu(config), config.budget.price, config.served
     room = config.resources.engine_room
 
     def engine(role: str) -> dict[str, Any]:
-        if isinstance(source := getattr(config.models, role), OpenAIModel):
+        if isinstance(source := models[role].source, OpenAIModel):
             plain = source.model_dump(mode="json", exclude={"type", "service"})
             return {"endpoint": {**plain, **source.service.model_dump(mode="json")}}
-        own = getattr(config.engines, role).model_dump(mode="json")
+        own = models[role].engine.model_dump(mode="json")
         # A TA that is the teacher is served by its engines: their settings have to be equal.
-        teaches = getattr(config.models, role) == config.models.teacher
-        most = {"max_logprobs": kept.limit} if isinstance(kept, TopTokens) and teaches else {}
+        kept = [
+            model.kept.limit
+            for model in models.values()
+            if model.source == source and isinstance(model.kept, TopTokens)
+        ]
+        most = {"max_logprobs": max(kept)} if kept else {}
         # Every request has a seed of its own; an engine that runs share can have none of theirs.
         return {**own, **most, "gpu": gpu, "seed": 0 if room else config.seed}
 
     return Runtime(
         run=run,
         namespace=f"switchyard-{room or run}",
-        engines={role: engine(role) for role in ("teacher", "assistant", "student")},
+        engines={role: engine(role) for role in models},
         workers=config.resources.train_workers,
         gpus_per_worker=config.resources.gpus_per_worker if gpu else 0,
         release_engines=config.resources.release_engines,
@@ -101,5 +105,6 @@ def runtime(config: RunConfig, run: str) -> Runtime:
                 "price": price and price.model_dump(mode="json"),
             },
             "factor": config.budget.spending_factor,
+            "prices": {name: own.model_dump(mode="json") for name, own in (config.budget.prices or {}).items()},
         },
     )

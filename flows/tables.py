@@ -13,7 +13,7 @@ from tasks.value import KEYS
 
 # Facts of stages that are long or shown elsewhere.
 ELSEWHERE = {"models", "metrics", "differences", "verdict", "report", "student", "promoted", "gate", "quality_for_cost"}
-ELSEWHERE |= {"charged", "charged_in_all", "spent", "spent_in_all"}
+ELSEWHERE |= {"charged", "charged_in_all", "spent", "spent_in_all", "paid"}
 
 
 def metrics_table(metrics: dict[str, Any]) -> Table:

@@ -95,6 +95,10 @@ WAY = (
     ("student-sample", "samples", "sample_id", "student's answer that stands in"),
     ("auxiliary", "kept", "row_id", "training row"),
     ("auxiliary", "samples", "sample_id", "teacher's auxiliary target"),
+    ("review", "samples", "sample_id", "teacher's answer"),
+    ("mentor-keep", "kept", "row_id", "training row"),
+    ("mentor-keep", "scores", "sample_id", "TA's score"),
+    ("mentor-annotate", "samples", "sample_id", "mentor's answer"),
 )
 
 
@@ -110,6 +114,11 @@ def trace(store: Store, record: RunRecord, row_id: str) -> dict[str, Any]:
             row = lookup(store, manifests.get(prefix + stage), table, column, row_id)
             if row:
                 found[what] = row
+    for stage in ("review", "warmup-review"):
+        tables = manifests[stage].tables if stage in manifests else {}
+        reviews = [lookup(store, manifests[stage], name, "sample_id", row_id) for name in tables if name != "samples"]
+        if any(reviews):
+            found["other teachers' scores"] = [row for row in reviews if row]
     if "training row" not in found:
         raise ValueError(f"{row_id!r}: run {record.run} trained on no such row; ids stand in table kept of stage keep")
     prompt_id = found["training row"]["prompt_id"]

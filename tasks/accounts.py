@@ -12,23 +12,27 @@ STAGES = {
     "models": "Models made ready",
     "prompts": "Prompts read and cleaned",
     "warmup-annotate": "Teacher annotates for the warm-up",
+    "warmup-review": "Teachers review each other's warm-up annotations",
     "warmup-keep": "TA scores the warm-up's annotations",
     "warmup-auxiliary": "Teacher writes the warm-up's auxiliary targets",
     "warmup-train": "Stage 1: warm-up training",
     "student-sample": "Warmed-up student answers candidates",
     "select": "TA scores the student, queries are chosen",
     "annotate": "Teacher annotates what was chosen",
+    "review": "Teachers review each other's annotations",
     "keep": "TA scores these annotations",
     "auxiliary": "Teacher writes auxiliary targets of what was chosen",
+    "mentor-train": "Mentor fine-tuned on what was kept",
+    "mentor-annotate": "Mentor annotates further prompts",
+    "mentor-keep": "TA scores the mentor's annotations",
     "replay": "Rows of earlier runs drawn for replay",
     "train": "Stage 2: training",
     "evaluate-before": "Base student and teacher evaluated",
     "evaluate-after": "Trained students evaluated",
 }
 Manifests = dict[str, Manifest]
-# Stages whose queries are charged to the budget, in their order; the first ones are the warm-up's.
-WARMUP = ("warmup-annotate", "warmup-auxiliary")
-ANNOTATIONS = (*WARMUP, "annotate", "auxiliary")
+# Stages whose queries are charged to the budget; those of further teachers have their names behind it.
+ANNOTATIONS = ("warmup-annotate", "warmup-auxiliary", "annotate", "auxiliary")
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,34 @@ class Cost:
     tokens_per_second: float | None
 
 
+def annotates(stage: str) -> bool:
+    """Whether a stage's queries are charged to the budget."""
+    return teacher_named(stage)[0] in ANNOTATIONS
+
+
+def teacher_named(stage: str) -> tuple[str, str]:
+    """A stage without the further teacher's name behind it, and that name."""
+    for name in ANNOTATIONS:
+        if stage.startswith(f"{name}-"):
+            return name, stage.removeprefix(f"{name}-")
+    return stage, ""
+
+
+def title(stage: str) -> str:
+    """What a stage does."""
+    plain, teacher = teacher_named(stage)
+    return f"{STAGES.get(plain, plain)}{teacher and f' ({teacher})'}"
+
+
+def annotations(manifests: Manifests) -> list[str]:
+    """Inputs whose queries are charged to the budget."""
+    return [name for name in in_order(manifests) if annotates(name)]
+
+
 def in_order(manifests: Manifests) -> list[str]:
     """Names of the inputs, in the order of the method."""
-    return [name for name in STAGES if name in manifests] + sorted(set(manifests) - set(STAGES))
+    places = {name: number for number, name in enumerate(STAGES)}
+    return sorted(manifests, key=lambda name: (places.get(teacher_named(name)[0], len(places)), name))
 
 
 def rows(manifests: Manifests, name: str, table: str) -> int | None:
@@ -98,34 +127,66 @@ def funnel(manifests: Manifests) -> list[Level]:
     )
     # Some prompts may be read for the held-out set and not be needed there.
     read = (fact(manifests, "prompts", "counts") or {}).get("read") or total((prompts, heldout, refused))
-    queried = [total(fact(manifests, name, "queries") for name in names) for names in (ANNOTATIONS, WARMUP)]
+    asked = annotations(manifests)
+    warm = total(fact(manifests, name, "queries") for name in asked if name.startswith("warmup-"))
     kept = [rows(manifests, name, "kept") for name in ("warmup-keep", "keep")]
     beside = [rows(manifests, name, "kept") for name in ("warmup-auxiliary", "auxiliary")]
-    own = fact(manifests, "keep", "stand_ins")
     trained = (fact(manifests, "train", "data") or fact(manifests, "warmup-train", "data") or {}).get("rows")
     aside = (fact(manifests, "train", "data") or {}).get("validation_rows")
     levels = [
         ("Rows read", read, None, ""),
         ("Prompts to learn from", prompts, warmup, f"{heldout:,} more held out for the evaluation" if heldout else ""),
         ("Candidates the student answered", rows(manifests, "select", "signals"), None, ""),
-        ("Teacher queries", *queried, ""),
-        ("Annotations kept", total(kept), kept[0], f"{own:,} of them the student's own text" if own else ""),
+        ("Teacher queries", teacher_queries(manifests), warm, by_teacher(manifests)),
+        ("Annotations kept", total(kept), kept[0], ", ".join(filter(None, (doubted(manifests), own(manifests))))),
         ("Auxiliary targets kept", total(beside), beside[0], ""),
+        ("Mentor's annotations kept", rows(manifests, "mentor-keep", "kept"), None, mentored(manifests)),
         ("Rows trained on", trained, None, f"{aside:,} more set aside for validation" if aside else ""),
     ]
     return [Level(name, count, warm or 0, note) for name, count, warm, note in levels if count is not None]
 
 
+def by_teacher(manifests: Manifests) -> str:
+    """Queries by teacher, in words, where there are several."""
+    counts: dict[str, int] = {}
+    for name in annotations(manifests):
+        teacher = teacher_named(name)[1] or "teacher"
+        counts[teacher] = counts.get(teacher, 0) + (fact(manifests, name, "queries") or 0)
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items()) if len(counts) > 1 else ""
+
+
+def doubted(manifests: Manifests) -> str:
+    """Annotations that the other teachers doubted, in words, where they were asked."""
+    if not any(fact(manifests, name, "reviews") for name in ("warmup-review", "review")):
+        return ""
+    dropped = [(fact(manifests, name, "reasons") or {}).get("peer_review", 0) for name in ("warmup-keep", "keep")]
+    return f"{sum(dropped):,} dropped by peer review"
+
+
+def own(manifests: Manifests) -> str:
+    """What of it is the student's, in words."""
+    stand_ins = fact(manifests, "keep", "stand_ins")
+    return f"{stand_ins:,} of them the student's own text" if stand_ins else ""
+
+
+def mentored(manifests: Manifests) -> str:
+    """What the mentor wrote, in words."""
+    written = fact(manifests, "mentor-annotate", "queries")
+    return f"of {written:,}, which cost no teacher query" if written is not None else ""
+
+
 def teacher_queries(manifests: Manifests) -> int | None:
     """Annotation queries charged to the budget."""
-    return total(fact(manifests, name, "queries") for name in ANNOTATIONS)
+    return total(fact(manifests, name, "queries") for name in annotations(manifests))
 
 
 def accounts(manifests: Manifests, budget: Budget) -> list[Account]:
     """The budget by unit: queries always, tokens, money where it has a price. Empty before the first annotation."""
-    last = next((name for name in reversed(ANNOTATIONS) if fact(manifests, name, "charged_in_all")), None)
-    if last is None:
+    known = [name for name in annotations(manifests) if fact(manifests, name, "charged_in_all")]
+    if not known:
         return []
+    # Each counts those before it: the last one has the most.
+    last = max(known, key=lambda name: manifests[name].facts["spent_in_all"]["queries"])
     charged, spent = (manifests[last].facts[key] for key in ("charged_in_all", "spent_in_all"))
 
     def account(unit: str, cap: float | None, *parts: str) -> Account:
@@ -137,11 +198,21 @@ def accounts(manifests: Manifests, budget: Budget) -> list[Account]:
         account("tokens", budget.tokens, "prompt_tokens", "completion_tokens"),
     ]
     if budget.price is not None:
-        price, tokens = budget.price, ("prompt_tokens", "completion_tokens")
-        paid = [float(price.of(*(amounts[name] for name in tokens))) for amounts in (charged, spent)]
+        paid = [money(manifests, budget, key) or 0.0 for key in ("charged", "spent")]
         most = None if budget.money is None else budget.money * budget.spending_factor
-        found.append(Account(price.currency, paid[0], budget.money, paid[1], most))
+        found.append(Account(budget.price.currency, paid[0], budget.money, paid[1], most))
     return found
+
+
+def money(manifests: Manifests, budget: Budget, key: str = "charged") -> float | None:
+    """Price of the annotation queries, each teacher's by its own; of what was ``charged``, or ``spent``. None without a
+    price."""
+    found = []
+    for name in annotations(manifests):
+        amounts, price = fact(manifests, name, key), budget.price_of(teacher_named(name)[1])
+        if amounts and price:
+            found.append(price.of(amounts["prompt_tokens"], amounts["completion_tokens"]))
+    return float(sum(found)) if found else None
 
 
 def online_teacher_tokens(manifests: Manifests) -> int | None:
@@ -154,17 +225,17 @@ def costs(manifests: Manifests) -> list[Cost]:
     entries = []
     for name in in_order(manifests):
         manifest, facts = manifests[name], manifests[name].facts
-        annotates = name in ANNOTATIONS
+        annotated = annotates(name)
         references = manifest.tables.get("references")
         entries.append(
             Cost(
                 name=name,
-                title=STAGES.get(name, name),
+                title=title(name),
                 seconds=manifest.seconds,
                 rows=total(table.rows for table in manifest.tables.values()),
                 # References by the teacher cost queries too, outside the budget.
-                teacher_queries=facts.get("queries") if annotates else references.rows if references else None,
-                teacher_tokens=facts.get("completion_tokens") if annotates else facts.get("online_teacher_tokens"),
+                teacher_queries=facts.get("queries") if annotated else references.rows if references else None,
+                teacher_tokens=facts.get("completion_tokens") if annotated else facts.get("online_teacher_tokens"),
                 tokens=facts.get("completion_tokens", facts.get("tokens")),
                 tokens_per_second=facts.get("tokens_per_second"),
             )

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.calls import Call
+from tasks.config.peers import FIRST
 from tasks.ledger import Amount, BudgetExhausted, Reservation
 from tasks.purse import Purse
 
@@ -113,7 +114,7 @@ class Asking:
             self.purse.ledger.settle(reservation, own, reservation.largest * lost)
         shard.answers.append(answers)
         shard.calls -= 1
-        check_outage(answers)
+        check_outage(answers, self.purse.stage.settings.role if self.purse else FIRST)
         if not shard.left and not shard.calls:
             self.commit(shard)
 
@@ -136,12 +137,13 @@ class Asking:
         return self.call(prompts, wave.reservations[-1].spare if wave.reservations else 0)
 
 
-def check_outage(answers: pa.Table) -> None:
-    """ValueError where an endpoint left more than half of a call's requests without an answer, and not for their own
-    faults. What the others were answered is lost: the next run asks again."""
+def check_outage(answers: pa.Table, teacher: str) -> None:
+    """ValueError where a teacher's endpoint left more than half of a call's requests without an answer, and not for
+    their own faults. What the others were answered is lost: the next run asks again."""
     if "outage" in answers.column_names and 2 * pc.sum(answers["outage"]).as_py() > answers.num_rows:
         errors = answers["error"].filter(answers["outage"]).to_pylist()
-        raise ValueError(f"models.teacher: {max(set(errors), key=errors.count)}; {len(errors)} requests had no answer")
+        place = "models.teacher" if teacher == FIRST else f"peers.teachers, {teacher}"
+        raise ValueError(f"{place}: {max(set(errors), key=errors.count)}; {len(errors)} requests had no answer")
 
 
 def bill(answers: pa.Table) -> tuple[dict[int, Amount], dict[int, str], int]:

@@ -48,31 +48,39 @@ def read_data(
     max_length: int,
     max_new_tokens: int,
     stored: bool = False,
+    soft: list[Manifest] | None = None,
 ) -> Data:
     """Kept rows and charged prompts of all inputs, and kept rows of the ``auxiliary`` ones; ``max_new_tokens`` 0: the
-    method starts no rollouts; ``stored``: rows bring the teacher's distributions along.
+    method starts no rollouts; ``stored``: rows bring the teacher's distributions along; ``soft``: inputs with rows of a
+    mentor, which bring the mentor's.
 
     The side of a prompt, training or validation, is drawn by its id and the seed: all its rows fall on one side, in
     every stage of a run, and no rollout starts from a validation prompt. Auxiliary rows of validation prompts are not
-    used at all: what the answers are worth chooses the weights.
+    used at all, and a mentor's are trained on only: what the teacher's answers are worth chooses the weights.
     """
     columns, left_out = [*KEPT_COLUMNS, "distributions"] if stored else KEPT_COLUMNS, Counter[str]()
 
-    def fitting(manifests: list[Manifest]) -> tuple[pa.Table, pa.Table]:
+    def fitting(rows: pa.Table) -> tuple[pa.Table, pa.Table]:
         """Rows of usable length, to train on and of validation prompts."""
-        rows = _concat(store, manifests, "kept", KEPT, columns)
         prompt_T, response_T = (pc.list_value_length(rows[name]) for name in ("prompt_token_ids", "token_ids"))
         short = pc.less_equal(pc.add(prompt_T, response_T), max_length)
         empty = pc.equal(pc.multiply(prompt_T, response_T), 0)
         left_out.update(rows_too_long=_count(pc.invert(short)), rows_empty=_count(empty))
         rows = rows.filter(pc.and_not(short, empty))
         held_out = _held_out(rows, seed, validation_share)
+        if "soft" in rows.column_names:
+            held_out = pc.and_not(held_out, rows["soft"])
         return rows.filter(pc.invert(held_out)), rows.filter(held_out)
 
-    kept, validation = fitting(inputs)
+    kept = _concat(store, inputs, "kept", KEPT, columns)
+    if soft is not None:
+        kept = _beside(kept, _concat(store, soft, "kept", KEPT, [*KEPT_COLUMNS, "distributions"]))
+    kept, validation = fitting(kept)
     if auxiliary:
-        targets, unused = fitting(auxiliary)
+        targets, unused = fitting(_concat(store, auxiliary, "kept", KEPT, columns))
         left_out["auxiliary_of_validation"] = unused.num_rows
+        if soft is not None:
+            targets = _beside(targets, _concat(store, [], "kept", KEPT, [*KEPT_COLUMNS, "distributions"]))
         kept = pa.concat_tables([kept, targets])
 
     prompts = CHARGED.empty_table().select(CHARGED_COLUMNS)
@@ -90,6 +98,16 @@ def read_data(
 def _concat(store: Store, inputs: list[Manifest], table: str, schema: pa.Schema, columns: list[str]) -> pa.Table:
     parts = (part for manifest in inputs for part in read_table(store, manifest, table, columns))
     return pa.concat_tables([schema.empty_table().select(columns), *parts])
+
+
+def _beside(kept: pa.Table, soft: pa.Table) -> pa.Table:
+    """Rows with a mentor's behind them; column ``soft`` tells them apart."""
+    if "distributions" not in kept.column_names:
+        kept = kept.append_column("distributions", pa.nulls(kept.num_rows, pa.binary()))
+    return pa.concat_tables(
+        table.append_column("soft", pa.array([flag] * table.num_rows, pa.bool_()))
+        for flag, table in ((False, kept), (True, soft))
+    )
 
 
 def _count(mask: pa.BooleanArray) -> int:
@@ -125,8 +143,8 @@ class Order:
 @dataclass(frozen=True)
 class Sequence:
     """A prompt and a response. ``teacher_hidden_TG``: what the teacher's projection saw at each response position;
-    ``distributions``: the teacher's there, as the annotation kept them; ``drawn_2T``: of each token the log-probability
-    it was drawn with, and its advantage, where the method has such."""
+    ``distributions``: the teacher's there, as the annotation kept them, or with ``soft`` a mentor's; ``drawn_2T``: of
+    each token the log-probability it was drawn with, and its advantage, where the method has such."""
 
     name: str
     prompt: Tensor
@@ -135,6 +153,7 @@ class Sequence:
     on_policy: bool = False
     teacher_hidden_TG: Tensor | None = None
     distributions: bytes | None = None
+    soft: bool = False
     drawn_2T: Tensor | None = None
 
     def __len__(self) -> int:
@@ -144,7 +163,8 @@ class Sequence:
 def row_sequence(rows: pa.Table, index: int) -> Sequence:
     row = rows.slice(index, 1).to_pylist()[0]
     prompt, response = torch.tensor(row["prompt_token_ids"]), torch.tensor(row["token_ids"])
-    return Sequence(row["row_id"], prompt, response, row["weight"], distributions=row.get("distributions"))
+    labels = {"distributions": row.get("distributions"), "soft": row.get("soft", False)}
+    return Sequence(row["row_id"], prompt, response, row["weight"], **labels)
 
 
 def prompt_of(prompts: pa.Table, index: int) -> tuple[str, Tensor]:

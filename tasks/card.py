@@ -156,6 +156,8 @@ def rows(config: RunConfig, manifests: Manifests, fingerprint: str) -> list[tupl
     if queries is not None:
         found.append(("Teacher queries", f"{queries:,} of {config.budget.queries:,}"))
     found += [("Stage 1", training(config.warmup)), ("Stage 2", training(config.train))]
+    if config.mentor:
+        found.append(("Mentor's training", training(config.mentor.train)))
     return [*found, ("Seed", str(config.seed)), ("Run and report", f"{config.name}, {fingerprint}")]
 
 

@@ -19,6 +19,7 @@ def devices(spec: "StageSpec") -> int:
     roles = {
         ASKED.get(spec.module),
         settings.get("engine"),
+        *settings.get("reviewers", []),
         *(entry["engine"] for entry in settings.get("entries", [])),
     }
     served = [engines[role] for role in roles if role in engines]

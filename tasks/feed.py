@@ -65,6 +65,7 @@ class Feed:
             max_length=config.max_length,
             max_new_tokens=method.max_new_tokens,
             stored=method.stored,
+            soft=[load_manifest(store, path) for path in plan.soft_rows] if plan.soft_rows else None,
         )
         if not data.rows.num_rows:
             raise ValueError(
@@ -84,7 +85,10 @@ class Feed:
     def sizes(self) -> dict[str, int]:
         """Rows and prompts, used and left out."""
         tables = {"rows": self.data.rows, "validation_rows": self.data.validation, "prompts": self.data.prompts}
-        return {name: table.num_rows for name, table in tables.items()} | self.data.left_out
+        counts = {name: table.num_rows for name, table in tables.items()}
+        if self.plan.soft_rows:
+            counts["soft_rows"] = sum(self.data.rows["soft"].to_pylist())
+        return counts | self.data.left_out
 
     def source(self, state: State, coin: float) -> Source:
         """Where a sequence of the coming step is to come from; ``coin`` is uniform in [0, 1)."""

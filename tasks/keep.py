@@ -23,6 +23,7 @@ from tasks.config.base import Config
 from tasks.config.signals import Confidence, Keep, PTrue
 from tasks.engines import Call, engines, model_of
 from tasks.keeping import choose, judged, replaced, threshold
+from tasks.review import mean_scores
 from tasks.sample import slices
 from tasks.score import as_confidence, confidence_call
 from tasks.stage import Stage, main
@@ -44,6 +45,10 @@ class KeepSettings(Config):
     """The rule."""
     template_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template."""
+    peer_review: float | None = None
+    """Least mean score by the other teachers (tables of ``tasks.review`` beside the samples); none where absent."""
+    charges: bool = True
+    """Whether the samples were charged to the budget: rollouts start from charged prompts only."""
     validation_share: float = 0.0
     """Training's: which prompts are validation, where the confidence is calibrated."""
     seed: int = 0
@@ -114,6 +119,15 @@ def score(stage: Stage[KeepSettings]) -> None:
         stage.close_table(agreement.TABLE, agreement.ANSWER)
 
 
+def doubts(stage: Stage[KeepSettings], shard: int, samples: pa.Table) -> set[str]:
+    """Ids of a shard's samples that the other teachers' mean score is too low for, or that none of them could score."""
+    least = stage.settings.peer_review
+    if least is None:
+        return set()
+    scores = mean_scores(stage.store, stage.input("samples"), shard)
+    return {name for name in samples["sample_id"].to_pylist() if scores.get(name, -1.0) < least}
+
+
 def filter_shard(
     stage: Stage[KeepSettings],
     shard: int,
@@ -137,6 +151,10 @@ def filter_shard(
         }
         for prompt, sample, raw, confidence in zip(prompts, rows, confidences.tolist(), deciding, strict=True)
     ]
+    doubted = doubts(stage, shard, samples)
+    for row in scores:
+        if row["kept"] and row["sample_id"] in doubted:
+            row |= {"kept": False, "reason": "peer_review"}
     if keep.answers != "all":
         choose(keep, scores, deciding)
     charged = {
@@ -146,6 +164,7 @@ def filter_shard(
             "prompt_token_ids": sample["prompt_token_ids"],
         }
         for prompt, sample in zip(prompts, rows, strict=True)
+        if stage.settings.charges
     }
     if own and keep.stand_in:
         for prompt_id, found in own.of(charged).items():

@@ -108,6 +108,15 @@ def caps_of(budget: Budget, share: float = 1.0) -> Caps:
     return Caps(queries=int(budget.queries * share), tokens=tokens, money=money, price=price)
 
 
+def caps_between(budget: Budget, start: float, end: float, parts: list[float]) -> list[Caps]:
+    """Caps of the teachers that annotate in turn between two shares of the budget. ``parts``: their cumulative parts of
+    tokens and money; what one leaves goes to the next. Queries are shared out by prompts."""
+    whole = caps_of(budget, end)
+    return [
+        caps_of(budget, start + (end - start) * part).model_copy(update={"queries": whole.queries}) for part in parts
+    ]
+
+
 @dataclass(frozen=True)
 class Reservation:
     """What may be sent: queries by number, each with its worst case, and so much more for repeated tries."""

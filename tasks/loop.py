@@ -28,6 +28,7 @@ from kernels.noise import sequence_key
 from tasks.batches import Sequence, collate, micro_batches, row_sequence
 from tasks.catalogue import feed_of, method_of
 from tasks.checkpoint import Best, State, load, load_state, save, save_state
+from tasks.methods import with_soft_labels
 from tasks.parity import check
 from tasks.plan import Plan
 from tasks.resume import newest, seal, storage
@@ -49,6 +50,9 @@ class Loop:
         if plan.teacher:
             vocabulary = min(vocabulary, plan.teacher.vocab_size)
         self.method = method_of(self.config.method, teacher, vocabulary)
+        self.loss = self.method.loss
+        if plan.soft_rows:
+            self.loss = with_soft_labels(self.method.loss, plan.soft_share, plan.student.vocab_size)
         self.feed = feed_of(plan, self.method)
         self.optimizer = torch.optim.AdamW(
             self.student.trained().values(), betas=self.config.betas, weight_decay=self.config.weight_decay
@@ -127,7 +131,7 @@ class Loop:
             batch = collate(part, self.world.device)
             weights_N = batch.weights_N.clone()
             batch.weights_N.div_(total_weight or 1.0)
-            loss, losses_N = self.student(batch, partial(self.method.loss, sequences=part))
+            loss, losses_N = self.student(batch, partial(self.loss, sequences=part))
             self.student.backward(loss)
             weighted_N = losses_N.double() * weights_N
             sums += torch.stack([weighted_N[batch.on_policy_N].sum(), weighted_N[~batch.on_policy_N].sum()]).cpu()

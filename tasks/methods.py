@@ -61,12 +61,28 @@ def apart(
     hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence], *, rolled: Part, annotated: Part
 ) -> Loss:
     """One loss on the sequences that were rolled out, another on annotated rows."""
+    return split(hidden_NH, head, batch, sequences, lambda sequence: sequence.on_policy, rolled, annotated)
+
+
+def split(
+    hidden_NH: Tensor,
+    head: Head,
+    batch: Batch,
+    sequences: list[Sequence],
+    kind: Callable[[Sequence], bool],
+    first: Part,
+    second: Part,
+) -> Loss:
+    """One loss on the sequences of a kind, another on all others."""
     losses_N = torch.zeros_like(batch.weights_N, dtype=hidden_NH.dtype)
     total = hidden_NH.sum() * 0.0  # a batch without one of the two still has a gradient
-    for on_policy, loss_of in ((True, rolled), (False, annotated)):
-        chosen = [sequence for sequence in sequences if sequence.on_policy is on_policy]
+    kinds = torch.tensor([kind(sequence) for sequence in sequences], dtype=torch.bool)
+    lengths = torch.tensor([len(sequence.response) for sequence in sequences], dtype=torch.int64)
+    kind_N = kinds.repeat_interleave(lengths).to(batch.where_N.device)
+    for own, loss_of in ((True, first), (False, second)):
+        chosen = [sequence for sequence in sequences if kind(sequence) is own]
         if chosen:
-            where_N = batch.on_policy_N == on_policy
+            where_N = kind_N == own
             loss, part_N = loss_of(hidden_NH[where_N], head, batch.only(where_N), chosen)
             total, losses_N[where_N] = total + loss, part_N.to(losses_N.dtype)
     return total, losses_N
@@ -169,6 +185,17 @@ class Kd(Divergent):
             hard, hard_N = cross_entropy(hidden_NH, head, batch)
             loss, losses_N = (1 - share) * loss + share * hard, (1 - share) * losses_N + share * hard_N
         return loss, losses_N
+
+
+def with_soft_labels(others: Part, share: float, vocabulary: int) -> Part:
+    """The loss of a batch in which a mentor wrote some rows: share · KL(mentor ‖ q) + (1 − share) · cross entropy on
+    these (Mentor-KD, Lee et al. 2024), ``others`` on the rest."""
+    labelled = Kd(config.Kd(annotated="stored", cross_entropy_share=1 - share), None, vocabulary)
+
+    def loss(hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
+        return split(hidden_NH, head, batch, sequences, lambda sequence: sequence.soft, labelled.loss, others)
+
+    return loss
 
 
 class OnPolicy(Divergent):

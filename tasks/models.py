@@ -31,6 +31,7 @@ from tasks.config.models import (
     PromotedModel,
     PrunedModel,
     StudentSource,
+    TeacherSource,
 )
 from tasks.stage import Stage, main
 
@@ -40,11 +41,19 @@ SAMPLED_BYTES = 1 << 20
 
 
 class ModelsSettings(Config):
-    """The three sources, and what identifies their content."""
+    """The sources, and what identifies their content."""
 
     models: Models
+    """Teacher, assistant, student, and their chat template."""
+    further: dict[str, TeacherSource] = Field(default_factory=dict)
+    """Further teachers, and a mentor, by role."""
     identities: dict[str, str] = Field(default_factory=dict)
     """By role, from ``identity``: a changed file is another model though its path is the same."""
+
+    @property
+    def sources(self) -> dict[str, TeacherSource]:
+        """By role."""
+        return {role: getattr(self.models, role) for role in ROLES} | self.further
 
 
 def gguf_path(source: GgufModel) -> Path:
@@ -274,21 +283,19 @@ def describe_folder(stage: Stage[ModelsSettings], source: HuggingFaceModel) -> M
 
 def run(stage: Stage[ModelsSettings]) -> None:
     made: dict[str, ModelRef] = {}
-    for number, role in enumerate(ROLES):
-        source: ModelSource | OpenAIModel = getattr(stage.settings.models, role)
+    sources = stage.settings.sources
+    for number, (role, source) in enumerate(sources.items()):
         key = source.model_dump_json()
         if key not in made:
-            stage.progress(number, len(ROLES), "models", now=display_name(source))
+            stage.progress(number, len(sources), "models", now=display_name(source))
             if isinstance(source, OpenAIModel):
                 made[key] = ModelRef(name=source.model, revision=identity(source))
             elif isinstance(source, HuggingFaceModel):
                 made[key] = describe_folder(stage, source)
             else:
                 made[key] = store_built(stage, role, source)
-    stage.facts["models"] = {
-        role: made[getattr(stage.settings.models, role).model_dump_json()].model_dump() for role in ROLES
-    }
-    stage.progress(len(ROLES), len(ROLES), "models", last=True)
+    stage.facts["models"] = {role: made[source.model_dump_json()].model_dump() for role, source in sources.items()}
+    stage.progress(len(sources), len(sources), "models", last=True)
 
 
 def made_before(stage: Stage[ModelsSettings], role: str) -> ModelRef | None:
@@ -297,7 +304,8 @@ def made_before(stage: Stage[ModelsSettings], role: str) -> ModelRef | None:
 
     def decisive(settings: dict[str, Any]) -> tuple[Any, ...]:
         models = settings["models"]
-        return models[role], settings["identities"].get(role), models["chat_template"]
+        source = models[role] if role in ROLES else settings.get("further", {}).get(role)
+        return source, settings["identities"].get(role), models["chat_template"]
 
     for path in () if stage.spec.redo else stage.store.list("stages/models"):
         if not path.endswith("/manifest.json"):

@@ -11,7 +11,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from infra.manifest import read_table
 from infra.store import Store
 from tasks import findings, overview
-from tasks.accounts import Manifests, accounts, costs, funnel, in_order, online_teacher_tokens, teacher_queries
+from tasks.accounts import (
+    Manifests,
+    accounts,
+    annotations,
+    costs,
+    funnel,
+    in_order,
+    online_teacher_tokens,
+    teacher_named,
+    teacher_queries,
+)
 from tasks.config.run import RunConfig
 from tasks.metrics import METRICS, SOURCES, Results
 from tasks.promote import Decision
@@ -34,6 +44,8 @@ REFUSALS = (
     ("keep", "scores", "Later annotations"),
     ("warmup-auxiliary", "targets", "Auxiliary targets of the warm-up"),
     ("auxiliary", "targets", "Later auxiliary targets"),
+    ("mentor-annotate", "quarantine", "Prompts the mentor's engine died of"),
+    ("mentor-keep", "scores", "The mentor's annotations"),
 )
 
 
@@ -143,7 +155,9 @@ def clip(text: str | None, limit: int = findings.CHARACTERS) -> str:
 
 def refusals(store: Store, manifests: Manifests) -> Iterator[tuple[str, list[tuple[str, int]]]]:
     """(kind of row, [(reason, rows)]), the most frequent first; all rows are counted."""
-    for name, table, kind in REFUSALS:
+    further = [(name, teacher_named(name)[1]) for name in annotations(manifests)]
+    died = [(name, "quarantine", f"Prompts that {teacher} did not answer") for name, teacher in further if teacher]
+    for name, table, kind in (*REFUSALS, *died):
         if name in manifests and table in manifests[name].tables:
             counts: dict[str, int] = {}
             for part in read_table(store, manifests[name], table, ["reason"]):

@@ -12,6 +12,8 @@ class Plan(BaseModel):
     root: str
     rows: list[str]  # manifests with tables ``kept`` and ``charged``
     auxiliary: list[str] = []  # the same with tables ``kept`` alone: rows that no validation is by
+    soft_rows: list[str] = []  # manifests whose ``kept`` a mentor wrote, with its distributions
+    soft_share: float = 0.0  # weight of KL(mentor ‖ student) on these
     student: ModelRef
     teacher: ModelRef | None  # whose distributions are learned
     loads_teacher: bool = True  # False: all of them were stored with the rows

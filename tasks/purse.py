@@ -4,7 +4,9 @@ Table ``queries`` has one row a prompt, asked or not; it is committed before the
 however often its shard is done. Facts ``charged`` and ``spent``: by this stage, and ``…_in_all`` with those before it.
 """
 
+import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +14,7 @@ import pyarrow as pa
 from infra.endpoint import longest
 from infra.manifest import commit_part, read_part
 from tasks import schemas
+from tasks.config.budget import Price
 from tasks.ledger import Amount, Caps, Ledger, together
 from tasks.stage import Stage
 
@@ -24,22 +27,31 @@ class Purse:
 
     def __init__(self, stage: Stage[Any], caps: Caps) -> None:
         settings, runtime = stage.settings, stage.spec.runtime
-        self.stage, self.caps, self.samples = stage, caps, settings.sampling.samples
+        self.stage, self.samples = stage, settings.sampling.samples
         self.response_tokens, self.prompt_tokens = settings.sampling.max_tokens, settings.prompt_tokens
         endpoint = runtime.engines.get(settings.engine, {}).get("endpoint")
         self.template_tokens = endpoint["template_tokens"] if endpoint else None
         before = stage.input(settings.charged_by).facts if settings.charged_by else {}
         spending = runtime.spending or {"caps": caps, "factor": 2.0}
         # The price is no part of the stage's settings where it decides nothing.
-        self.total = Caps.model_validate(spending["caps"])
+        first = Caps.model_validate(spending["caps"])
+        own = (
+            Price.model_validate(spending.get("prices", {}).get(settings.engine, first.price)) if first.price else None
+        )
+        self.total = first.model_copy(update={"price": own})
+        charged, spent = amount(before.get("charged_in_all")), amount(before.get("spent_in_all"))
+        # What other teachers took has their prices.
+        known = before.get("paid", {"charged": first.cost(charged), "spent": first.cost(spent)})
+        self.paid_before = {name: Fraction(value) for name, value in known.items()}
+        self.caps = at_price(caps, charged, self.paid_before["charged"])
         self.ledger = Ledger(
             store=stage.store,
             folder=stage.spec.folder,
-            caps=caps,
-            spending_caps=self.total,
+            caps=self.caps,
+            spending_caps=at_price(self.total, spent, self.paid_before["spent"], spending["factor"]),
             spending_factor=spending["factor"],
-            charged_before=amount(before.get("charged_in_all")),
-            spent_before=amount(before.get("spent_in_all")),
+            charged_before=charged,
+            spent_before=spent,
         )
         samples = stage.done("samples")
         for number, part in stage.done("queries").items():
@@ -84,14 +96,47 @@ class Purse:
     def left(self) -> dict[str, Any]:
         """Of the budget, for those who watch: what is left in words, what is charged in figures."""
         charged = self.charged()
-        return {"left": in_words(self.caps, charged), "charged": priced(self.total, charged)}
+        return {"left": in_words(self.caps, charged), "charged": self.in_all("charged", charged)}
+
+    def in_all(self, name: str, found: Amount) -> dict[str, Any]:
+        """What was charged, or spent, so far, with its price."""
+        own = self.ledger.charged if name == "charged" else self.ledger.spent
+        priced_all = priced(self.total, found)
+        return priced_all | ({"money": float(self.paid(name, own))} if self.total.price else {})
+
+    def paid(self, name: str, own: Amount) -> Fraction:
+        return self.paid_before[name] + self.total.cost(own)
 
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
         ledger = self.ledger
-        found = {"charged": ledger.charged, "charged_in_all": self.charged()}
-        found |= {"spent": ledger.spent, "spent_in_all": self.spent()}
-        return {name: priced(self.total, value) for name, value in found.items()}
+        found: dict[str, Any] = {
+            "charged": priced(self.total, ledger.charged),
+            "charged_in_all": self.in_all("charged", self.charged()),
+            "spent": priced(self.total, ledger.spent),
+            "spent_in_all": self.in_all("spent", self.spent()),
+        }
+        if self.total.price:
+            paid = {"charged": self.paid("charged", ledger.charged), "spent": self.paid("spent", ledger.spent)}
+            found["paid"] = {name: str(value) for name, value in paid.items()}
+        return found
+
+
+def at_price(caps: Caps, before: Amount, paid: Fraction, factor: float = 1.0) -> Caps:
+    """The caps for an account that counts what came before at its own price, where ``paid`` was its price: ``factor``
+    times the money differs by the difference."""
+    if caps.money is None:
+        return caps
+    differs = (caps.cost(before) - paid) / Fraction(str(factor))
+    return caps.model_copy(update={"money": at_most(Fraction(str(caps.money)) + differs)}) if differs else caps
+
+
+def at_most(value: Fraction) -> float:
+    """The number as a float that, written out, is not above it."""
+    found = float(value)
+    while Fraction(str(found)) > value:
+        found = math.nextafter(found, -math.inf)
+    return found
 
 
 def amount(fact: Mapping[str, Any] | None) -> Amount:

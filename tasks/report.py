@@ -56,11 +56,12 @@ class ReportSettings(Config):
 def whole(stage: Stage[ReportSettings]) -> RunConfig:
     """All settings of the run, those that decide no result included."""
 
-    def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-        both = {
-            name: merged(one[name], other[name]) for name in one.keys() & other.keys() if isinstance(one[name], dict)
-        }
-        return {**one, **other, **both}
+    def merged(one: Any, other: Any) -> Any:
+        if isinstance(one, list) and isinstance(other, list):
+            return [merged(*pair) for pair in zip(one, other, strict=True)]
+        if not (isinstance(one, dict) and isinstance(other, dict)):
+            return other
+        return {**one, **other, **{name: merged(one[name], other[name]) for name in one.keys() & other.keys()}}
 
     return RunConfig.model_validate(merged(stage.settings.config, stage.spec.runtime.operational))
 

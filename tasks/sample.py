@@ -26,6 +26,7 @@ from tasks.engines import engines, model_of, served_by
 from tasks.ledger import Caps
 from tasks.purse import Purse
 from tasks.quarantine import answered, close
+from tasks.routing import Chosen, Further, Route, further, routed
 from tasks.stage import Stage, main
 
 # Columns that engines fill.
@@ -47,6 +48,10 @@ class SampleSettings(Config):
     """What is asked in place of each prompt's last user turn, which it holds as {question}; absent: the prompt."""
     limit: int | None = None
     """Only so many of its prompts."""
+    route: Route | None = None
+    """Only those that go to one of several teachers; all where absent."""
+    further: Further | None = None
+    """Only so many that another table has not; all where absent."""
     sampling: Sampling
     """Temperature, nucleus, length, responses per prompt."""
     seed: int = 0
@@ -136,14 +141,19 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
     if purse:
         # Not every prompt has samples, but each has its charge.
         done = {shard: part.rows for shard, part in stage.done("queries").items() if shard in done}
+    chosen = chosen_prompts(stage)
     total = stage.input("prompts").tables[settings.table].rows
     total = total if settings.limit is None else min(total, settings.limit)
     left: Callable[[], dict[str, Any]] = purse.left if purse else dict
     asked, tokens, began = sum(done.values()), 0, time.monotonic()
 
-    def shards() -> Iterator[Shard]:
+    def cut() -> Iterator[tuple[int, pa.Table]]:
         for number, prompts in slices(stage, "prompts", settings.table, settings.shard_size, settings.limit):
-            if number not in done:
+            yield number, chosen(prompts) if chosen else prompts
+
+    def shards() -> Iterator[Shard]:
+        for number, prompts in cut():
+            if number not in done and prompts.num_rows:
                 yield Shard(number, worded(prompts.to_pylist(), settings.template))
 
     def call(prompts: list[dict[str, Any]], spare: int) -> Call:
@@ -179,6 +189,13 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
         rate = tokens / (time.monotonic() - began)
         stage.progress(asked, total, "prompts", tokens=tokens, tokens_per_second=round(rate, 1), **left())
 
+    if chosen:
+        total = 0
+        for number, prompts in cut():
+            total += prompts.num_rows
+            if number not in done and not prompts.num_rows:
+                # Who reads prompts and samples side by side finds every shard.
+                commit(Shard(number, []))
     stage.progress(asked, total, "prompts", **left())
     if asked < total:
         asking, server = Asking(shards(), call, commit, purse), served_by(stage.store, base, model)
@@ -191,6 +208,14 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
     stage.facts.update(
         engine_seconds=round(seconds, 3), tokens_per_second=round(tokens / seconds, 2) if tokens else None
     )
+
+
+def chosen_prompts(stage: Stage[SampleSettings]) -> Chosen | None:
+    """What of the table's prompts is asked; None: all."""
+    settings = stage.settings
+    if settings.route:
+        return routed(settings.route, settings.seed)
+    return further(stage, settings.further, settings.table, settings.seed) if settings.further else None
 
 
 def run(stage: Stage[SampleSettings]) -> None:
@@ -211,9 +236,11 @@ def run(stage: Stage[SampleSettings]) -> None:
     if purse:
         stage.close_table("queries", schemas.QUERY)
         stage.facts.update(purse.facts(), queries=purse.ledger.charged.queries)
-        # What is asked beside the answers gets what they left.
-        if not rows and settings.template is None:
+        # Of several teachers one may have no prompts of its own; what is asked beside the answers gets what they left.
+        if not rows and not settings.route and settings.template is None:
             raise ValueError(f"budget: it covers not one prompt of {settings.table}; left are {purse.left()['left']}")
+    if settings.further and not rows:
+        raise ValueError("mentor.prompts: no candidates are left beside the selected ones: raise signals.candidates")
 
 
 def token_counts(stage: Stage[Any], table: str) -> dict[str, int]:

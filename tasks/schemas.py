@@ -36,7 +36,7 @@ SAMPLE = pa.schema(
     [
         ("sample_id", pa.string()),
         ("prompt_id", pa.string()),
-        ("role", pa.string()),  # teacher | student | base | warmup | final
+        ("role", pa.string()),  # teacher, a further teacher's name, mentor | student | base | warmup | final
         ("model", pa.string()),
         ("revision", pa.string()),
         ("sample_index", pa.int32()),
@@ -78,9 +78,20 @@ SCORE = pa.schema(
         ("calibrated", pa.float32()),  # the same as a share correct, which then decides; null where not asked for
         ("calibrates", pa.bool_()),  # whether the calibration was fitted on this row; null where not asked for
         ("kept", pa.bool_()),
-        # kept | below_threshold | empty | truncated | unscored | disagreement | not_chosen | replaced; and stand_in, a
-        # row of the student's text in place of those replaced: the TA's confidence in it stands in SIGNAL
+        # kept | below_threshold | peer_review | empty | truncated | unscored | disagreement | not_chosen | replaced;
+        # and stand_in, a row of the student's text in place of those replaced: SIGNAL has the TA's confidence in it
         ("reason", pa.string()),
+    ]
+)
+
+# What one teacher gave another's annotation.
+REVIEW = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("teacher", pa.string()),  # who wrote it
+        ("reviewer", pa.string()),
+        ("score", pa.float32()),  # confidence that it is right, 0 to 1; null if the reviewer's engine died of it
     ]
 )
 

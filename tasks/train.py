@@ -41,7 +41,13 @@ class TrainSettings(Config):
     """Inputs with tables ``kept`` and ``charged``."""
     auxiliary: list[str] = Field(default_factory=list)
     """Inputs whose table ``kept`` has auxiliary targets: never validated by, nor rolled out from."""
-    stage_name: Literal["warmup", "train"]
+    soft_rows: str | None = None
+    """Input whose table ``kept`` a mentor wrote, with its distributions; none where absent."""
+    soft_share: float = 0.0
+    """Weight of KL(mentor ‖ student) on a mentor's rows; cross entropy has the rest."""
+    mentor: str = "mentor"
+    """Key of the mentor in input ``models``."""
+    stage_name: Literal["warmup", "mentor", "train"]
     """Which stage this is: it names the noise of its rollouts."""
     online_teacher_tokens: int | None = None
     """Cap on response positions the teacher decides in rollouts; none where absent."""
@@ -69,11 +75,17 @@ def plan_of(stage: Stage[TrainSettings]) -> Plan:
                 f"student {student.name} differ in tokenizer or end-of-sequence tokens; use a student of the teacher's "
                 "family, or method sft"
             )
+    if settings.soft_rows and model_of(stage, "models", settings.mentor).tokenizer_hash != student.tokenizer_hash:
+        raise ValueError(
+            "mentor.model: its tokenizer is not the student's, whose rows it writes: take one of its family"
+        )
     device = "cuda" if runtime.gpus_per_worker else "cpu"
     return Plan(
         root=stage.store.uri,
         rows=[stage.input(name).path for name in settings.rows],
         auxiliary=[stage.input(name).path for name in settings.auxiliary],
+        soft_rows=[stage.input(settings.soft_rows).path] if settings.soft_rows else [],
+        soft_share=settings.soft_share,
         student=student,
         teacher=teacher,
         loads_teacher=settings.train.method.asks_teacher,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.manifest import Manifest
-from tasks.accounts import ANNOTATIONS, fact, online_teacher_tokens, teacher_queries, total
+from tasks.accounts import annotations, fact, money, online_teacher_tokens, teacher_queries, total
 from tasks.config.budget import Budget
 from tasks.metrics import METRICS, Measured
 
@@ -40,7 +40,7 @@ class Rate:
 def teacher_tokens(manifests: Manifests) -> int | None:
     """Tokens the teacher read and wrote for annotation, and positions it was asked about during training."""
     annotated = []
-    for name in ANNOTATIONS:
+    for name in annotations(manifests):
         charged = fact(manifests, name, "charged") or (manifests[name].facts if name in manifests else {})
         annotated.append(total((charged.get("prompt_tokens"), charged.get("completion_tokens"))))
     return total((*annotated, online_teacher_tokens(manifests)))
@@ -49,15 +49,6 @@ def teacher_tokens(manifests: Manifests) -> int | None:
 def device_hours(manifests: Manifests) -> float:
     """Hours of the GPUs that each stage worked on; a machine without GPUs is one device."""
     return sum(manifest.seconds * manifest.facts.get("devices", 1) for manifest in manifests.values()) / 3600
-
-
-def money(manifests: Manifests, budget: Budget) -> float | None:
-    """Price of the annotation queries; None without a price."""
-    if budget.price is None:
-        return None
-    charged = [fact(manifests, name, "charged") for name in ANNOTATIONS]
-    tokens = [(found["prompt_tokens"], found["completion_tokens"]) for found in charged if found]
-    return float(sum(budget.price.of(*pair) for pair in tokens)) if tokens else None
 
 
 def rates(manifests: Manifests, budget: Budget) -> list[Rate]:

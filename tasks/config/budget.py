@@ -4,7 +4,7 @@ from fractions import Fraction
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import Config
+from tasks.config.base import Config, absent
 
 
 class Price(Config):
@@ -50,6 +50,8 @@ class Budget(Config):
     """Price of these queries, by ``price``; no cap where absent."""
     price: Price | None = None
     """The teacher's."""
+    prices: dict[str, Price] | None = Field(default=None, exclude_if=absent)
+    """Of further teachers by name, where they cost something else."""
     spending_factor: float = Field(default=2.0, ge=1)
     """What is sent in all, repeated requests included, may come to so many times each of the amounts above. A run that
     would need more stops, and continues where this is raised."""
@@ -63,6 +65,19 @@ class Budget(Config):
     def warmup_queries(self) -> int:
         """Queries of stage 1."""
         return int(self.queries * self.warmup_share)
+
+    def price_of(self, teacher: str) -> Price | None:
+        """What a teacher costs, named as in ``peers``."""
+        return (self.prices or {}).get(teacher, self.price)
+
+    @model_validator(mode="after")
+    def _one_currency(self) -> "Budget":
+        for name, price in (self.prices or {}).items():
+            if self.price is None or price.currency != self.price.currency:
+                raise ValueError(
+                    f"prices.{name}: it takes a price of the first teacher, in the same currency: set price"
+                )
+        return self
 
     @model_validator(mode="after")
     def _money_has_a_price(self) -> "Budget":

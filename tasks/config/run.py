@@ -10,10 +10,13 @@ from tasks.config.base import Config, absent
 from tasks.config.budget import Budget
 from tasks.config.document import parse, read_document
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
+from tasks.config.mentor import Mentor
 from tasks.config.methods import Sft
 from tasks.config.models import Engines, Models, OpenAIModel, PromotedModel
+from tasks.config.peers import FIRST, Everyone, Peers
 from tasks.config.prompts import InboxSource, PromptsConfig
 from tasks.config.recurring import Recurring
+from tasks.config.served import Served, served
 from tasks.config.signals import Distributions, Sampling, Signals
 from tasks.config.trackers import Trackers
 from tasks.config.train import TrainConfig
@@ -28,6 +31,8 @@ OPERATIONAL: Any = {
     "device": True,
     "budget": {"spending_factor": True, "approve_above": True},
     "models": {"teacher": {"service": True, "key_variable": True}},
+    "peers": {"teachers": {"__all__": {"engine": True, "model": {"service": True, "key_variable": True}}}},
+    "mentor": {"engine": True},
 }
 
 
@@ -80,6 +85,8 @@ class RunConfig(Config):
     """Seed of everything that is drawn."""
     models: Models
     """Teacher, teaching assistant, student."""
+    peers: Peers | None = Field(default=None, exclude_if=absent)
+    """Further teachers beside ``models.teacher``. Absent: it is the only one."""
     prompts: PromptsConfig
     """What to learn from."""
     budget: Budget
@@ -92,6 +99,8 @@ class RunConfig(Config):
     """What the teacher is asked beside each answer, for the student to learn too. Absent: nothing."""
     warmup: TrainConfig = TrainConfig(method=Sft(), steps=40)
     """Stage 1."""
+    mentor: Mentor | None = Field(default=None, exclude_if=absent)
+    """A model between teacher and student that annotates further prompts with soft labels. Absent: none."""
     train: TrainConfig = TrainConfig()
     """Stage 2."""
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -115,18 +124,40 @@ class RunConfig(Config):
         return isinstance(self.models.teacher, OpenAIModel)
 
     @property
+    def served(self) -> dict[str, Served]:
+        """Every model by its role, and how it is served."""
+        return served(self)
+
+    @property
+    def teachers(self) -> list[str]:
+        """Roles of the teachers that annotate. The first one is also asked in training."""
+        return self.peers.names if self.peers else [FIRST]
+
+    @property
+    def trainings(self) -> dict[str, TrainConfig]:
+        """Every training by the place of its settings, the student's last one behind."""
+        mentor = {"mentor.train": self.mentor.train} if self.mentor else {}
+        return {"warmup": self.warmup, **mentor, "train": self.train}
+
+    @property
+    def answers_per_prompt(self) -> int:
+        """Answers that a prompt is given: each sample of each teacher that it goes to."""
+        everyone = self.peers and isinstance(self.peers.routing, Everyone)
+        return self.sampling.teacher.samples * (len(self.teachers) if everyone else 1)
+
+    @property
     def queries_per_prompt(self) -> int:
-        """Teacher queries that one prompt takes: each of its samples is one, and an auxiliary target."""
-        return self.sampling.teacher.samples + (self.auxiliary is not None)
+        """Teacher queries that a prompt takes: its answers, and an auxiliary target."""
+        return self.answers_per_prompt + (self.auxiliary is not None)
 
     @property
     def warmup_prompts(self) -> int:
-        """Prompts that the teacher annotates for the warm-up."""
+        """Prompts that teachers annotate for the warm-up."""
         return self.budget.warmup_queries // self.queries_per_prompt
 
     @property
     def selected_prompts(self) -> int:
-        """Prompts that the teacher annotates once the signals have chosen them."""
+        """Prompts that teachers annotate once the signals have chosen them."""
         return self.budget.queries // self.queries_per_prompt - self.warmup_prompts
 
     @model_validator(mode="after")
@@ -136,8 +167,8 @@ class RunConfig(Config):
                 f"budget.warmup_share {self.budget.warmup_share} of {self.budget.queries} queries leaves a stage none:"
                 " raise budget.queries"
             )
-        for name in ("warmup", "train"):
-            method = getattr(self, name).method
+        for name, settings in self.trainings.items():
+            method = settings.method
             if method.compares and method.annotated == "stored" and not self.sampling.distributions:
                 raise ValueError(
                     f"{name}.method.annotated stored needs the teacher's distributions: set sampling.distributions "
@@ -152,13 +183,19 @@ class RunConfig(Config):
                 " raise it, or lower budget.queries"
             )
         self._recurs()
-        served = (("student", self.sampling.student), ("teacher", self.sampling.teacher))
-        for role, sampling in served[: 1 if self.text_only else 2]:
-            engine: Any = getattr(self.engines, role)
-            if self.prompts.max_prompt_tokens + sampling.max_tokens > engine.max_model_len:
+        self._peers_fit()
+        writing = [("student", "sampling.student", self.sampling.student)]
+        writing += [(role, "sampling.teacher", self.sampling.teacher) for role in self.teachers]
+        writing += [("mentor", "mentor.sampling", self.mentor.sampling)] if self.mentor else []
+        for role, field, sampling in writing:
+            model = self.served[role]
+            if isinstance(model.source, OpenAIModel):
+                continue
+            if self.prompts.max_prompt_tokens + sampling.max_tokens > model.engine.max_model_len:
                 raise ValueError(
-                    f"engines.{role}.max_model_len {engine.max_model_len} is below prompts.max_prompt_tokens "
-                    f"{self.prompts.max_prompt_tokens} + sampling.{role}.max_tokens {sampling.max_tokens}: raise it"
+                    f"{model.engine_field}.max_model_len {model.engine.max_model_len} is below "
+                    f"prompts.max_prompt_tokens {self.prompts.max_prompt_tokens} + {field}.max_tokens "
+                    f"{sampling.max_tokens}: raise it"
                 )
         return self
 
@@ -200,6 +237,30 @@ class RunConfig(Config):
                 f"engines.teacher.max_model_len {self.engines.teacher.max_model_len} is below "
                 f"prompts.max_prompt_tokens {self.prompts.max_prompt_tokens} + auxiliary.template's "
                 f"{beside.template_tokens} at most + auxiliary.max_tokens {beside.max_tokens}: raise it"
+            )
+
+    def _peers_fit(self) -> None:
+        """What several teachers ask of the rest of the settings."""
+        if self.peers is None:
+            if self.budget.prices:
+                raise ValueError("budget.prices are those of further teachers, and there are none: set price")
+            return
+        if self.sampling.distributions:
+            raise ValueError(
+                "sampling.distributions with peers: methods learn the first teacher's distributions, also on what the "
+                "others wrote: leave it out, and set annotated live"
+            )
+        for name in self.budget.prices or {}:
+            if name not in self.peers.names[1:]:
+                raise ValueError(f"budget.prices: no further teacher is called {name!r}: name those of peers.teachers")
+        known = [self.models.teacher]
+        for number, peer in enumerate(self.peers.teachers):
+            if peer.model in known:
+                raise ValueError(f"peers.teachers.{number}.model: {peer.name!r} is a teacher already, remove one")
+            known.append(peer.model)
+        if self.peers.review and sum(not isinstance(source, OpenAIModel) for source in known) < 2:
+            raise ValueError(
+                "peers.review: endpoints review nothing, so it takes two teachers that run here: leave it out"
             )
 
     def _recurs(self) -> None:
