@@ -157,19 +157,43 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     targets |= auxiliary(pipeline, "auxiliary", 1.0, last(samples), at_selected, models, selected)
 
     # Mentor: a model between both learns what was kept, and annotates prompts that the teacher was not asked about.
-    mentored, soft = {}, {}
+    mentored: dict[str, str] = {}
     if mentor := config.mentor:
-        learnt = {"train": plain["mentor"]["train"], "seed": config.seed, "student": "mentor", "stage_name": "mentor"}
-        learnt["rows"] = ["warmup-keep", "keep"]
-        trained = stage("mentor-train", "tasks.train", learnt, models=models, warmup_keep=warmup_kept, keep=kept)
-        settings = {"role": "mentor", "engine": "mentor", "weights": "mentor-train", "table": "candidates"}
-        settings |= {name: plain["mentor"][name] for name in ("sampling", "distributions")}
-        settings |= {"further": {"apart_from": "select", "count": mentor.prompts}, "seed": config.seed, **shared}
-        inputs = {"models": models, "prompts": prompts, "mentor_train": trained, "select": selected}
-        written = stage("mentor-annotate", "tasks.sample", settings, **inputs)
+        trained = stage(
+            "mentor-train",
+            "tasks.train",
+            {
+                "train": plain["mentor"]["train"],
+                "seed": config.seed,
+                "student": "mentor",
+                "rows": ["warmup-keep", "keep"],
+                "stage_name": "mentor",
+            },
+            models=models,
+            warmup_keep=warmup_kept,
+            keep=kept,
+        )
+        written = stage(
+            "mentor-annotate",
+            "tasks.sample",
+            {
+                "role": "mentor",
+                "engine": "mentor",
+                "weights": "mentor-train",
+                "table": "candidates",
+                "further": {"apart_from": "select", "count": mentor.prompts},
+                "sampling": plain["mentor"]["sampling"],
+                "distributions": plain["mentor"]["distributions"],
+                "seed": config.seed,
+                **shared,
+            },
+            models=models,
+            prompts=prompts,
+            mentor_train=trained,
+            select=selected,
+        )
         mentor_kept = keep("mentor-keep", "candidates", prompts, written, charged=False)
         mentored = {"mentor_train": trained, "mentor_annotate": written, "mentor_keep": mentor_kept}
-        soft = {"soft_rows": "mentor-keep", "soft_share": mentor.soft_share}
 
     # Replay: rows that earlier runs kept, so that the student does not forget them.
     replayed = {}
@@ -199,7 +223,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "stage_name": "train",
             "online_teacher_tokens": budget.online_teacher_tokens,
             **({"auxiliary": list(targets)} if targets else {}),
-            **soft,
+            **({"soft_rows": "mentor-keep", "soft_share": config.mentor.soft_share} if config.mentor else {}),
         },
         models=models,
         warmup_train=warmup,

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from flows.story import on_gpu
 from tasks.config import RunConfig
-from tasks.config.models import FreshModel, ModelSource, OpenAIModel, PrunedModel
+from tasks.config.models import FreshModel, OpenAIModel, PromotedModel, PrunedModel, StudentSource
 from tasks.config.peers import FIRST, BySource, Everyone
 from tasks.config.prompts import ReasoningGymSource
 from tasks.config.train import TrainConfig
@@ -53,10 +53,12 @@ class Estimate:
     disk_gib: float = 0.0
 
 
-def parameters(source: ModelSource | OpenAIModel) -> float:
+def parameters(source: StudentSource | OpenAIModel) -> float:
     """Number of parameters, from file sizes or the shape; 0 if unknown."""
     if isinstance(source, OpenAIModel):
         return 0.0
+    if isinstance(source, PromotedModel):
+        return parameters(source.first)
     if isinstance(source, FreshModel):
         return source.layers * (4 * source.hidden_size**2 + 3 * source.hidden_size * source.intermediate_size)
     if isinstance(source, PrunedModel):

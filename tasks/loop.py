@@ -28,7 +28,7 @@ from kernels.noise import sequence_key
 from tasks.batches import Sequence, collate, micro_batches, row_sequence
 from tasks.catalogue import feed_of, method_of
 from tasks.checkpoint import Best, State, load, load_state, save, save_state
-from tasks.methods import with_soft_labels
+from tasks.methods import Part, with_soft_labels
 from tasks.parity import check
 from tasks.plan import Plan
 from tasks.resume import newest, seal, storage
@@ -50,7 +50,7 @@ class Loop:
         if plan.teacher:
             vocabulary = min(vocabulary, plan.teacher.vocab_size)
         self.method = method_of(self.config.method, teacher, vocabulary)
-        self.loss = self.method.loss
+        self.loss: Part = self.method.loss
         if plan.soft_rows:
             self.loss = with_soft_labels(self.method.loss, plan.soft_share, plan.student.vocab_size)
         self.feed = feed_of(plan, self.method)

@@ -168,7 +168,7 @@ class RunConfig(Config):
                 " raise budget.queries"
             )
         for name, settings in self.trainings.items():
-            method = settings.method
+            method: Any = settings.method
             if method.compares and method.annotated == "stored" and not self.sampling.distributions:
                 raise ValueError(
                     f"{name}.method.annotated stored needs the teacher's distributions: set sampling.distributions "
