@@ -1,4 +1,4 @@
-# make demo | test | check | audit | bench | house-models | env
+# make demo | test | test-cluster | check | audit | bench | house-models | env
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 TORCH_INDEX := $(if $(UV_FIND_LINKS)$(filter gpu,$(EXTRA)),,--torch-backend cpu)
 
-.PHONY: demo test test-long check audit bench house-models env clean
+.PHONY: demo test test-long test-cluster check audit bench house-models env clean
 
 env: .venv/.installed
 
@@ -37,6 +37,9 @@ test: env
 
 test-long: env
 	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest
+
+test-cluster: env
+	$(BIN)/python -m pytest -m cluster
 
 check: env
 	$(BIN)/ruff check .

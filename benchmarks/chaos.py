@@ -2,10 +2,11 @@
 
     python -m benchmarks.chaos --kills 50 --json
 
-A tiny run goes through once, undisturbed. Then the same settings run in another folder, where after a random time one
-process of a random kind gets ``kill -9``: the flow, a stage's job, the engine room, an engine, a training worker, Ray's
-head, Prefect's server. A run that ends of it is started again; one that completes before all kills are spent is
-followed by another. At last ``switchyard run`` goes through, and rows are compared with the undisturbed run's.
+A tiny run goes through once, undisturbed. Then the same settings run in another folder, where after a random number of
+commits and some random seconds one process of a random kind gets ``kill -9``: the flow, a stage's job, the engine room,
+an engine, a training worker, Ray's head, Prefect's server. A run that ends of it is started again; one that completes
+before all kills are spent is followed by another. At last ``switchyard run`` goes through, and rows are compared with
+the undisturbed run's.
 
 A shard counts as redone where an engine begins it again; the first kill after which that happens is its cause. Engines
 note what they begin: ``chaos_site/sitecustomize.py``.
@@ -44,6 +45,8 @@ KINDS = {
 }
 IDS = ("source", "sample_id", "row_id", "prompt_id", "sample_index", "label", "step", "position")
 RUN_SECONDS = 1800.0
+# A kill falls so many seconds after a commit at most: in the middle of something, or where something starts.
+MOMENTS = 6.0
 
 
 @dataclass
@@ -80,19 +83,25 @@ class Chaos:
         outcome: dict[str, Any] = json.loads(lines[-1])
         return outcome
 
-    def disturbed(self, root: Path, trace: Path, kills: int, seconds: float) -> None:
+    def disturbed(self, root: Path, trace: Path, kills: int, commits: int) -> None:
         """Run and kill until it ends by itself or so many kills are spent."""
         while True:
             run, before = self.start(root, trace), len(self.kills)
-            while run.poll() is None and len(self.kills) < kills:
-                with suppress(subprocess.TimeoutExpired):
-                    run.wait(self.random.uniform(0.2, 2 * seconds))
-                    break
+            while len(self.kills) < kills and self.wait(run, root, self.random.randint(0, 2 * commits)):
                 self.kill(run)
             ended_well = run.wait(RUN_SECONDS) == 0
             wait_until_gone(run.pid, root)
             if ended_well or len(self.kills) in (before, kills):
                 return
+
+    def wait(self, run: subprocess.Popen[str], root: Path, commits: int) -> bool:
+        """Whether the run is still there when it has committed so often, and some more moments have gone by."""
+        enough = committed(root) + commits
+        while run.poll() is None and committed(root) < enough:
+            time.sleep(0.1)
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(self.random.uniform(0, MOMENTS))
+        return run.poll() is None
 
     def kill(self, run: subprocess.Popen[str]) -> None:
         """``kill -9`` of one process of a random kind, of those that are there."""
@@ -108,6 +117,11 @@ class Chaos:
             self.random.choice(found[kind]).kill()
             self.kills.append((time.time(), kind))
             print(f"{len(self.kills)}: {kind}", file=sys.stderr, flush=True)
+
+
+def committed(root: Path) -> int:
+    """Commit records and manifests that stand."""
+    return sum(1 for _ in root.glob("stages/**/*.json"))
 
 
 def family(flow: int) -> list[psutil.Process]:
@@ -182,7 +196,7 @@ def redone(entries: list[Begun], kills: list[tuple[float, str]]) -> int:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=20.0, help="mean time between two kills")
+    parser.add_argument("--commits", type=int, default=4, help="mean number of commits between two kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="keep everything here; a finished undisturbed run in it is reused")
     arguments = parser.parse_args()
@@ -201,7 +215,7 @@ def main() -> None:
         while len(chaos.kills) < arguments.kills:
             root, trace, before = folder / f"root-{rounds}", made(folder / f"trace-{rounds}"), len(chaos.kills)
             rounds += 1
-            chaos.disturbed(root, trace, arguments.kills, arguments.seconds)
+            chaos.disturbed(root, trace, arguments.kills, arguments.commits)
             outcome = chaos.whole(root, trace)
             state = outcome["state"] if state == "Completed" else state
             found = rows_of(root, outcome)
@@ -223,6 +237,7 @@ def main() -> None:
         "whole_runs": rounds,
         "killed": dict(Counter(kind for _, kind in chaos.kills)),
         "seed": arguments.seed,
+        "commits_between_kills": arguments.commits,
     }
     print(
         f"{result['kills']} kills over {rounds} runs: {lost} rows lost, {doubled} doubled, {most} shards redone at most"

@@ -268,7 +268,7 @@ def doctor(config: ConfigFile, root: Root = "runs/default", set_: Set = None, js
 
 @app.command()
 def up() -> None:
-    """Start Prefect's server, a worker and a Ray head on loopback; runs use them until ``down``."""
+    """Start Prefect's server, a worker and a Ray head on loopback, unless they run; runs use them until ``down``."""
     with console.status("starting Prefect's server, a worker and a Ray head"):
         local = Local.start()
     print(f"Prefect  {local.prefect_url.removesuffix('/api')}\nRay      {local.ray_address}")
@@ -293,6 +293,8 @@ def main() -> None:
     except UserError as error:
         for problem in error.problems:
             print(visible(f"error: {problem}"), file=sys.stderr)
+        if "--json" in sys.argv:
+            print(json.dumps({"state": "Refused", "problems": error.problems}), flush=True)
         code = 2
     except typer.Abort:
         code = INTERRUPTED

@@ -9,9 +9,12 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlparse
 
-from pydantic import BaseModel
+import psutil
+from pydantic import BaseModel, ValidationError
 
 from flows.server import answers, environment, server_command, server_environment
 from infra.cluster import QUIET, free_port, head_command, token_environment
@@ -39,44 +42,56 @@ class Local(BaseModel):
 
     @classmethod
     def start(cls) -> "Local":
-        """Start what is not up yet; returns when everything answers."""
+        """Start what is not up; returns when everything answers."""
         known = running_local()
-        if known:
-            return known
-        base = home()
-        prefect_port, dashboard_port = free_port(4200), free_port(8265)
-        local = cls(
+        local = known or cls(
             token=uuid.uuid4().hex,
-            home=str(base / "prefect"),
-            prefect_url=f"http://127.0.0.1:{prefect_port}/api",
-            ray_address=f"http://127.0.0.1:{dashboard_port}",
+            home=str(home() / "prefect"),
+            prefect_url=f"http://127.0.0.1:{free_port(4200)}/api",
+            ray_address=f"http://127.0.0.1:{free_port(8265)}",
             ray_folder=tempfile.mkdtemp(prefix="switchyard-ray-", dir="/tmp"),
             ray_environment=token_environment(),
         )
-        client = {**environment(Path(local.home), local.prefect_url), **local.ray_environment}
-        server = server_environment(Path(local.home), local.prefect_url)
-        detached(server_command(prefect_port), base / "server.log", server, local.token)
-        head = head_command(dashboard_port, Path(local.ray_folder), free_port())
-        detached(head, base / "ray.log", {**QUIET, **local.ray_environment}, local.token)
         try:
-            local._wait("Prefect's server", base / "server.log", lambda: answers(local.prefect_url))
-            # Prefect reads its settings when it is imported: this is the first import of it.
-            os.environ.update(client)
-            from flows.deploy import deploy_local
-
-            # The worker's pool comes first: it would make one of its own.
-            deploy_local()
-            worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
-            detached(worker, base / "worker.log", client, local.token)
-            local._wait("the Ray head", base / "ray.log", lambda: responds(f"{local.ray_address}/api/version"))
+            local._start_missing()
         except BaseException:
             # Also on Ctrl-C: nothing stays up that ``down`` would not know of.
-            local.stop()
+            if not known:
+                local.stop()
             raise
         # The file holds the Ray head's token.
         with open(local.path(), "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(local.model_dump_json(indent=1))
         return local
+
+    def _start_missing(self) -> None:
+        base, folder = home(), Path(self.ray_folder)
+        client = {**environment(Path(self.home), self.prefect_url), **self.ray_environment}
+        if not self._at_work("prefect", "server", "start"):
+            server = server_environment(Path(self.home), self.prefect_url)
+            detached(server_command(port_of(self.prefect_url)), base / "server.log", server, self.token)
+        if not responds(f"{self.ray_address}/api/version"):
+            head = head_command(port_of(self.ray_address), folder, free_port())
+            detached(head, base / "ray.log", {**QUIET, **self.ray_environment}, self.token)
+        self._wait("Prefect's server", base / "server.log", lambda: answers(self.prefect_url))
+        # Prefect reads its settings when it is imported: this is the first import of it.
+        os.environ.update(client)
+        from flows.deploy import deploy_local
+
+        # The worker's pool comes first: it would make one of its own.
+        deploy_local()
+        if not self._at_work("prefect", "worker", "start"):
+            worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
+            detached(worker, base / "worker.log", client, self.token)
+        self._wait("the Ray head", base / "ray.log", lambda: responds(f"{self.ray_address}/api/version"))
+
+    def _at_work(self, *words: str) -> bool:
+        """Whether one of these processes has the words on its command line."""
+        for process in marked(self.token):
+            with suppress(psutil.Error):
+                if set(words) <= set(process.cmdline()):
+                    return True
+        return False
 
     @staticmethod
     def path() -> Path:
@@ -97,6 +112,12 @@ class Local(BaseModel):
         self.path().unlink(missing_ok=True)
 
 
+def port_of(url: str) -> int:
+    port = urlparse(url).port
+    assert port
+    return port
+
+
 def responds(url: str) -> bool:
     """Whether something answers there, be it only that a token is missing."""
     try:
@@ -112,7 +133,8 @@ def running_local() -> Local | None:
     """What is up on this machine, if its processes still live."""
     try:
         local = Local.model_validate_json(Local.path().read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValidationError):
+        # Cut off when a disk was full, its processes cannot be known.
         return None
     return local if next(marked(local.token), None) else None
 

@@ -41,6 +41,8 @@ from tasks.stage import StageSpec
 
 POLL_SECONDS = 0.3
 STATE_SECONDS = 2.0
+# How long a job server may be silent, as while its head is started anew elsewhere.
+SILENT_SECONDS = 600.0
 
 
 class Runner(Pipeline):
@@ -104,7 +106,7 @@ class Runner(Pipeline):
         try:
             # A head of our own ends with everything on it. On another's, a job may run whose submission was cut off.
             if self.cluster.started and not self.cluster.own:
-                with suppress(ConnectionError, RuntimeError):
+                with suppress(OSError, RuntimeError):
                     jobs = running_jobs(self.cluster).items()
                     stop_jobs(self.cluster, [job for job, data in jobs if self._metadata.items() <= data.items()])
         finally:
@@ -233,7 +235,7 @@ class Runner(Pipeline):
         """Follow the job to its end, which past the deadline is set to it. Raises StageCancelled, or StageFailed."""
         deadline = time.monotonic() + 60 * self.config.resources.stage_deadline_minutes
         state_at = time.monotonic()
-        while job.status not in FINAL:
+        while self._status(job) not in FINAL:
             watch.take(job.lines())
             now = time.monotonic()
             if now > deadline:
@@ -250,9 +252,24 @@ class Runner(Pipeline):
             time.sleep(POLL_SECONDS)
         watch.take(job.rest())
 
+    def _status(self, job: Job) -> str:
+        """The job's state, waited for: it goes on, or is begun again, once its cluster answers."""
+        deadline = time.monotonic() + SILENT_SECONDS
+        while True:
+            try:
+                return job.status
+            except ConnectionError as error:
+                if time.monotonic() > deadline:
+                    where = f"the job server at {self.cluster.address}"
+                    raise StageFailed(f"{where} does not answer ({error}); the same command continues") from None
+                if self.cluster.ended:
+                    raise StageFailed("the Ray head of this run ended; the same command continues") from None
+                check_cancelled()
+                time.sleep(STATE_SECONDS)
+
     def _open_room(self) -> None:
         """See that the run's engine room is open; a room that ended is replaced under a new id."""
-        if self.config.resources.engine_room or (self.room and self.room.status not in FINAL):
+        if self.config.resources.engine_room or (self.room and self._status(self.room) not in FINAL):
             return
         self._write_lease(0)
         arguments = ("-m", "infra.engine_room", "--namespace", f"switchyard-{self.run}")

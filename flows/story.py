@@ -96,6 +96,7 @@ def runtime(config: RunConfig, run: str) -> Runtime:
         namespace=f"switchyard-{room or run}",
         engines={role: engine(role) for role in models},
         workers=config.resources.train_workers,
+        min_workers=config.resources.min_train_workers,
         gpus_per_worker=config.resources.gpus_per_worker if gpu else 0,
         release_engines=config.resources.release_engines,
         operational=config.model_dump(mode="json", include=OPERATIONAL),

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from infra.process import Guarded
+from infra.terminal import visible
 
 START_SECONDS = 120.0
 # How long a tail takes to notice that its job ended, at most.
@@ -34,7 +35,7 @@ QUIET = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
 }
-FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
+FINAL = {"SUCCEEDED", "FAILED", "STOPPED", "LOST"}
 # What a head says of its node's agent, which starts jobs, until that is there; and where it did not get its answer:
 # a job that was started nevertheless is found under its id when it is submitted again.
 UNREADY = ("No available agent", "Server disconnected", "Cannot connect to host")
@@ -98,6 +99,11 @@ class Cluster:
         return self._client is not None
 
     @property
+    def ended(self) -> bool:
+        """Whether a head was started here and is gone."""
+        return self._head is not None and not self._head.alive
+
+    @property
     def client(self) -> Any:
         """Ray's ``JobSubmissionClient``, once the cluster answers."""
         with self._lock:
@@ -142,6 +148,11 @@ class Cluster:
         self._head = self._client = None
 
 
+def brief(error: Exception) -> str:
+    """What a job server's client says, in a line."""
+    return " ".join(str(error).split())[:200]
+
+
 class Job:
     """One submitted job: its state and its log lines."""
 
@@ -164,17 +175,18 @@ class Job:
 
         try:
             asyncio.run(follow())
-        except (OSError, RuntimeError):
-            # The log is a courtesy: a lost connection must not end a job that goes on.
+        except Exception:
+            # The log is a courtesy: a lost connection, by whatever name, must not end a job that goes on.
             self._lines.put(LOG_LOST)
 
     def lines(self) -> Iterator[str]:
-        """Lines written since the last call, as Ray's tail brings them: a second or two late."""
+        """Lines written since the last call, as Ray's tail brings them: a second or two late. What a terminal would act
+        on is written out: others than ours print here too."""
         with suppress(queue.Empty):
             while True:
                 line = self._lines.get_nowait()
                 self._given += line != LOG_LOST
-                yield line
+                yield visible(line)
 
     def rest(self) -> Iterator[str]:
         """The remaining lines of an ended job. Its tail looks for news and for the job's end every other second, so the
@@ -185,15 +197,21 @@ class Job:
             self._tail.join(TAIL_SECONDS)
             yield from self.lines()
             return
-        yield from written.removesuffix("\n").split("\n")[self._given :]
+        yield from map(visible, written.removesuffix("\n").split("\n")[self._given :])
 
     @property
     def status(self) -> str:
-        return str(self.cluster.client.get_job_status(self.id).value)
-
-    @property
-    def message(self) -> str:
-        return self.cluster.client.get_job_info(self.id).message or ""
+        """Ray's word for it; LOST where the head does not know it, since it was started anew. ConnectionError where
+        nobody answers."""
+        try:
+            return str(self.cluster.client.get_job_status(self.id).value)
+        except RuntimeError as error:
+            if "does not exist" in str(error):
+                return "LOST"
+            raise ConnectionError(brief(error)) from None
+        except OSError as error:
+            # What the client's own library raises is none of Python's ConnectionErrors.
+            raise ConnectionError(brief(error)) from None
 
 
 def submit(cluster: Cluster, job_id: str, command: str, environment: dict[str, str], metadata: dict[str, str]) -> Job:

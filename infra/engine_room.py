@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.endpoint import Endpoint, EndpointSpec
 from infra.engine import Engine, EngineSpec
@@ -46,8 +47,9 @@ class Room:
 
 
 def start(spec: EngineSpec | EndpointSpec, name: str) -> Any:
-    # Engines on CPU ask for no logical CPUs: a run's engines take turns, and training must find room beside them.
-    resources: dict[str, Any] = {"num_cpus": 0}
+    # Engines on CPU ask for no logical CPUs: a run's engines take turns, and training must find room beside them. So
+    # they have to be told which nodes are not for work.
+    resources: dict[str, Any] = {"num_cpus": 0, "label_selector": workplaces()}
     if isinstance(spec, EngineSpec) and spec.gpu:
         resources = {"num_cpus": 1, "num_gpus": spec.tensor_parallel}
     return (
@@ -64,9 +66,21 @@ def start(spec: EngineSpec | EndpointSpec, name: str) -> Any:
     )
 
 
+def workplaces() -> dict[str, str]:
+    """Ray's selector of the nodes that work is for: those with CPUs, which a cluster's head has none of."""
+    idle = [node["NodeID"] for node in ray.nodes() if node["Alive"] and not node["Resources"].get("CPU")]
+    return {"ray.io/node-id": f"!in({','.join(idle)})"} if idle else {}
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """Ray's order to stay on this process's node: what one job's life hangs on must not end with another node."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def open_room() -> Any:
-    """The room of this namespace, created by the caller where there is none yet."""
-    return ray.remote(Room).options(name=ROOM, num_cpus=0, get_if_exists=True).remote()
+    """The room of this namespace, created by the caller, beside itself, where there is none yet."""
+    options = {"name": ROOM, "num_cpus": 0, "get_if_exists": True, "scheduling_strategy": here()}
+    return ray.remote(Room).options(**options).remote()
 
 
 def watch(store: Store, lease: str, seconds: float) -> None:

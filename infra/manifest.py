@@ -29,10 +29,14 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from infra.store import Store, StorePath
 
 FORMAT = 1
+# Made once: every row's id is written by it.
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 # Rows of one row group: small enough that a training reader holds little, large enough to compress.
 ROW_GROUP = 4096
 # Commit records that are read at once.
 READERS = 16
+# And so many are under way.
+BATCH = 256
 SEAL = re.compile(rb'{\n "sha256": "([0-9a-f]{64})",')
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -115,8 +119,7 @@ def stage_folder(stage: str, fingerprint: str) -> str:
 
 def fingerprint(value: Any) -> str:
     """16 hex digits of SHA-256 over canonical JSON."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return hashlib.sha256(CANONICAL.encode(value).encode()).hexdigest()[:16]
 
 
 class DamagedError(ValueError):
@@ -187,40 +190,40 @@ def record_path(folder: str, table: str, shard: int) -> str:
     return f"{folder}/{table}/{shard:05d}.json"
 
 
-def encode_part(folder: str, table: str, shard: int, rows: pa.Table) -> tuple[Part, pa.Buffer]:
-    """A part and its bytes."""
+def encode_part(rows: pa.Table) -> pa.Buffer:
+    """A part's bytes."""
     sink = pa.BufferOutputStream()
     # Bytes are compressed already: a dictionary and statistics of them would double them.
     plain = [field.name for field in rows.schema if not pa.types.is_binary(field.type)]
     pq.write_table(
         rows, sink, compression="zstd", row_group_size=ROW_GROUP, use_dictionary=plain, write_statistics=plain
     )
-    data = sink.getvalue()
+    return sink.getvalue()
+
+
+def record_part(store: Store, folder: str, table: str, shard: int, rows: int, data: pa.Buffer) -> Part:
+    """Write a part of so many rows and its commit record; where the shard is recorded already, the recorded part is
+    the result."""
     digest = hashlib.sha256(data).hexdigest()
     path = f"{folder}/{table}/part-{shard:05d}-{digest[:16]}.parquet"
-    return Part(shard=shard, path=path, rows=rows.num_rows, bytes=len(data), sha256=digest), data
-
-
-def record_part(store: Store, part: Part, data: pa.Buffer) -> Part:
-    """Write a part and its commit record; where the shard is recorded already, the recorded part is the result."""
-    folder, table, _ = part.path.rsplit("/", 2)
-    record = record_path(folder, table, part.shard)
-    store.write(part.path, data)
+    part = Part(shard=shard, path=path, rows=rows, bytes=len(data), sha256=digest)
+    record = record_path(folder, table, shard)
+    store.write(path, data)
     if store.create(record, part.model_dump_json().encode()):
         return part
     first = read_record(store, record)
-    if first.path != part.path:
-        store.delete(part.path)
+    if first.path != path:
+        store.delete(path)
     return first
 
 
 def commit_part(store: Store, folder: str, table: str, shard: int, rows: pa.Table) -> Part:
     """Encode a part and record it."""
-    return record_part(store, *encode_part(folder, table, shard, rows))
+    return record_part(store, folder, table, shard, rows.num_rows, encode_part(rows))
 
 
 class Committer:
-    """Commits the parts of one folder one behind the other: while one is stored and synced, the next is encoded.
+    """Commits the parts of one folder one behind the other: while one is hashed and synced, the next is encoded.
 
     An error of the one is raised by what comes next, be it ``commit`` or ``wait``.
     """
@@ -231,9 +234,9 @@ class Committer:
         self._stored: Future[Part] | None = None
 
     def commit(self, table: str, shard: int, rows: pa.Table) -> None:
-        part, data = encode_part(self.folder, table, shard, rows)
+        data = encode_part(rows)
         self.wait()
-        self._stored = self._thread.submit(record_part, self.store, part, data)
+        self._stored = self._thread.submit(record_part, self.store, self.folder, table, shard, rows.num_rows, data)
 
     def wait(self) -> None:
         """Return when everything is recorded."""
@@ -256,7 +259,8 @@ def committed_parts(store: Store, folder: str, table: str) -> dict[int, Part]:
     records = [path for path in store.list(f"{folder}/{table}") if path.endswith(".json")]
     # One request each: tables of many parts would wait for one after the other.
     with ThreadPoolExecutor(READERS) as pool:
-        return {part.shard: part for part in pool.map(partial(read_record, store), records)}
+        batches = (records[start : start + BATCH] for start in range(0, len(records), BATCH))
+        return {part.shard: part for batch in batches for part in pool.map(partial(read_record, store), batch)}
 
 
 def close_table(store: Store, folder: str, table: str, schema: pa.Schema) -> Table:
@@ -272,27 +276,42 @@ def close_table(store: Store, folder: str, table: str, schema: pa.Schema) -> Tab
     return table_entry(schema, parts)
 
 
-def read_part(store: Store, part: Part, columns: list[str] | None = None) -> pa.Table:
-    """A part's rows; DamagedError where they cannot be trusted."""
+def part_bytes(store: Store, part: Part) -> bytes:
+    """A part as it is stored; DamagedError where that is not what was committed."""
     try:
         data = store.read(part.path)
     except FileNotFoundError:
         raise DamagedError(store.location(part.path), part.path, "is missing") from None
     if hashlib.sha256(data).hexdigest() != part.sha256:
         raise DamagedError(store.location(part.path), part.path, "has other bytes than were committed")
+    return data
+
+
+def decode_part(store: Store, part: Part, data: bytes, columns: list[str] | None = None) -> pa.Table:
+    """The rows in a part's bytes; DamagedError where there are none."""
     try:
         return pq.read_table(pa.BufferReader(data), columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise DamagedError(store.location(part.path), part.path, f"is no Parquet ({brief(error)})") from None
 
 
+def read_part(store: Store, part: Part, columns: list[str] | None = None) -> pa.Table:
+    """A part's rows; DamagedError where they cannot be trusted."""
+    return decode_part(store, part, part_bytes(store, part), columns)
+
+
 def read_table(store: Store, manifest: Manifest, table: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """A table part by part, in shard order; one part is in memory at a time."""
+    """A table part by part, in shard order. While one is worked on the next is fetched and hashed: the rows of one part
+    and the bytes of another are in memory at a time."""
     if table not in manifest.tables:
         known = ", ".join(manifest.tables) or "none"
         raise ValueError(f"{manifest.path} has no table {table!r}; it has {known}")
-    for part in manifest.tables[table].parts:
-        yield read_part(store, part, columns)
+    with ThreadPoolExecutor(1, "fetch") as thread:
+        fetched: tuple[Part, Future[bytes]] | None = None
+        for part in [*manifest.tables[table].parts, None]:
+            before, fetched = fetched, (part, thread.submit(part_bytes, store, part)) if part else None
+            if before:
+                yield decode_part(store, before[0], before[1].result(), columns)
 
 
 def read_rows(store: Store, manifest: Manifest, table: str, columns: list[str] | None = None) -> pa.Table:

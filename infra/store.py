@@ -153,10 +153,12 @@ class LocalStore(Store):
         return self._at(path).is_file()
 
     def list(self, prefix: str) -> Iterator[str]:
-        for file in sorted(self._at(prefix).rglob("*")):
+        # Names only: a folder of many thousands of parts takes little memory, and is sorted as S3 sorts it.
+        found = (f"{folder}/{name}" for folder, _, names in os.walk(self._at(prefix)) for name in names)
+        for file in sorted(found):
             # A leading dot marks a file that is still being written.
-            if file.is_file() and not file.name.startswith("."):
-                yield file.relative_to(self.root).as_posix()
+            if not os.path.basename(file).startswith("."):
+                yield file.removeprefix(f"{self.root}/")
 
     def delete(self, path: str) -> None:
         self._at(path).unlink(missing_ok=True)

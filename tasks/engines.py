@@ -2,14 +2,13 @@
 
 import json
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from infra.endpoint import EndpointSpec
 from infra.engine import EngineSpec
@@ -18,29 +17,15 @@ from infra.models import ModelRef, local_folder
 from infra.store import Store
 from tasks.calls import Call
 from tasks.connection import connected
+from tasks.dispatch import Dispatch, Repeats, last_line, refuse_mistakes
 from tasks.isolate import EngineLost, isolate, part
 from tasks.stage import Stage
 
 Key = TypeVar("Key")
-# Requests queued at one engine: one runs, one waits, so that the store's latency is never the engine's.
-IN_FLIGHT = 2
 # How long a stage waits for an engine room that is starting, or starting again.
 ROOM_SECONDS = 300.0
-# How often one shard is tried whole, before the requests that its engine dies of are looked for.
-SHARD_TRIES = 2
-# How often engines are looked after while their results are waited for.
-WATCH_SECONDS = 5.0
 # What of a model's configuration decides whether weights fit.
 SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-END = object()
-
-
-class Repeats(Protocol):
-    """Who says whether a call, or its requests from one number to another, may be made again. None: not yet."""
-
-    def lost(self, key: Any, start: int = 0, end: int | None = None) -> None: ...
-
-    def again(self, key: Any, start: int = 0, end: int | None = None) -> Call | None: ...
 
 
 class EnginePool:
@@ -48,87 +33,35 @@ class EnginePool:
 
     def __init__(self, room: "EngineAccess", spec: EngineSpec | EndpointSpec) -> None:
         self.access, self.spec = room, spec
-        self.names: list[str] = []
-        self.heard: dict[Any, float] = {}  # by engine at work: when it last finished a call, or was given its first
+        self.alone: Any = None  # the replica on which a call's deadly requests are looked for
 
     def actors(self) -> list[Any]:
         """Handles by name, looked up again after the room was replaced."""
-        self.names = ray.get(self.access.room().acquire.remote(self.spec.model_dump()))
-        return [ray.get_actor(name) for name in self.names]
+        names = ray.get(self.access.room().acquire.remote(self.spec.model_dump()))
+        return [ray.get_actor(name) for name in names]
+
+    @property
+    def deadline_seconds(self) -> float:
+        return self.spec.deadline_seconds
 
     def map(
         self, calls: Iterable[tuple[Key, Call] | None], repeats: Repeats | None = None
     ) -> Iterator[tuple[Key, Any]]:
         """Results by key, as they come. None among the calls: the next one waits for a result.
 
-        A call whose engine died or hung is made again; one whose engine raised costs that engine its life first, since
-        a raised error leaves an engine in a state nobody has checked. Requests that an engine never survives are left
-        out of the result: see ``tasks/isolate.py``. Where what is sent again has to be covered, ``repeats`` is told of
-        what was lost, and makes the call anew.
+        A call whose engine died or hung is made again; requests that an engine never survives are left out of the
+        result: see ``tasks/dispatch.py`` and ``tasks/isolate.py``. Where what is sent again has to be covered,
+        ``repeats`` is told of what was lost, and makes the call anew.
         """
-        source = iter(calls)
-        actors = self.actors()
-        idle = deque(actor for _ in range(IN_FLIGHT) for actor in actors)
-        running: dict[Any, tuple[Key, Call, Any, int]] = {}
-        lost: deque[tuple[Key, Call, int]] = deque()
-        while True:
-            following: Any = None
-            while idle:
-                if lost:
-                    key, call, tries = lost[0]
-                    repeated = repeats.again(key) if repeats else call
-                    if repeated is None:
-                        break
-                    lost.popleft()
-                    call = repeated
-                else:
-                    following = next(source, END)
-                    if following is None or following is END:
-                        break
-                    (key, call), tries = following, 1
-                actor = idle.popleft()
-                running[call.on(actor)] = (key, call, actor, tries)
-            if not running:
-                assert following is END, "a call that waits, waits for another's result"
-                return
-            reference = self.finished({reference: entry[2] for reference, entry in running.items()})
-            key, call, actor, tries = running.pop(reference)
-            try:
-                result = ray.get(reference)
-            except (RayActorError, RayTaskError) as error:
-                refuse_mistakes(error)
-                if repeats:
-                    repeats.lost(key)
-                if tries == SHARD_TRIES:
-                    idle.append(self.revived(actor, kill=isinstance(error, RayTaskError)))
-                    result, reasons = isolate(call, partial(self.ask_part, key, call, repeats))
-                    for reason in reasons:
-                        self.access.stage.log.warning("a request is left out, its engine dies of it: %s", reason)
-                    yield key, result
-                    continue
-                self.access.stage.log.warning("engine lost, a shard is sent again: %s", last_line(error))
-                lost.append((key, call, tries + 1))
-                idle.append(self.revived(actor, kill=isinstance(error, RayTaskError)))
-                continue
-            idle.append(actor)
-            yield key, result
+        return Dispatch(self, calls, repeats, self.access.stage.log).results()
 
-    def finished(self, running: dict[Any, Any]) -> Any:
-        """The reference of a call that ended, of those that engines (the values) work on. An engine that ends none for
-        its deadline is ended itself, and its calls with it."""
-        while True:
-            now = time.monotonic()
-            self.heard = {actor: self.heard.get(actor, now) for actor in running.values()}
-            ended, _ = ray.wait(list(running), num_returns=1, timeout=min(WATCH_SECONDS, self.spec.deadline_seconds))
-            if ended:
-                self.heard[running[ended[0]]] = time.monotonic()
-                return ended[0]
-            for actor, heard in self.heard.items():
-                if time.monotonic() - heard > self.spec.deadline_seconds:
-                    seconds = self.spec.deadline_seconds
-                    self.access.stage.log.warning("an engine was silent for %g s: it is started again", seconds)
-                    ray.kill(actor, no_restart=False)
-                    self.heard[actor] = time.monotonic()
+    def isolated(self, key: Any, call: Call, repeats: Repeats | None, actor: Any, kill: bool) -> tuple[Any, Any]:
+        """A call's result without what kills its engine, found on this replica, and the replica's handle."""
+        self.alone = self.revived(actor, kill)
+        result, reasons = isolate(call, partial(self.ask_part, key, call, repeats))
+        for reason in reasons:
+            self.access.stage.log.warning("a request is left out, its engine dies of it: %s", reason)
+        return result, self.alone
 
     def ask_part(self, key: Any, call: Call, repeats: Repeats | None, start: int, end: int) -> Any:
         """The requests of a call from ``start`` to ``end``, where they may be sent again."""
@@ -143,15 +76,16 @@ class EnginePool:
             raise
 
     def ask(self, call: Call) -> Any:
-        """One call on one engine, beside what else that engine has to do; EngineLost where it does not survive it."""
-        actor = self.actors()[0]
-        # Another call may be before it: as long again.
-        self.heard[actor] = time.monotonic() + self.spec.deadline_seconds
+        """One call on the replica that nothing else is sent to; EngineLost where it does not survive it."""
         try:
-            return ray.get(self.finished({call.on(actor): actor}))
-        except (RayActorError, RayTaskError) as error:
+            return ray.get(call.on(self.alone), timeout=self.deadline_seconds)
+        except GetTimeoutError as error:
+            ray.kill(self.alone, no_restart=False)
+            self.alone = self.revived(self.alone, kill=False)
+            raise EngineLost(f"it was silent for {self.deadline_seconds:g} s") from error
+        except (RayActorError, RayTaskError, ObjectLostError) as error:
             refuse_mistakes(error)
-            self.revived(actor, kill=isinstance(error, RayTaskError))
+            self.alone = self.revived(self.alone, kill=isinstance(error, RayTaskError))
             raise EngineLost(last_line(error)) from error
 
     def revived(self, actor: Any, kill: bool) -> Any:
@@ -170,18 +104,6 @@ class EnginePool:
         except (RayActorError, GetTimeoutError):
             pass
         return self.actors()[0]
-
-
-def refuse_mistakes(error: Exception) -> None:
-    """A user's mistake is no fault of the engine's that found it."""
-    if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
-        raise error.cause from None
-
-
-def last_line(error: Exception) -> str:
-    """What an engine died of, in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1].strip()[:300]}"
 
 
 class EngineAccess:

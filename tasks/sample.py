@@ -154,7 +154,8 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
     def shards() -> Iterator[Shard]:
         for number, prompts in cut():
             if number not in done and prompts.num_rows:
-                yield Shard(number, worded(prompts.to_pylist(), settings.template))
+                columns = prompts.select(["prompt_id", "messages"])
+                yield Shard(number, worded(columns.to_pylist(), settings.template))
 
     def call(prompts: list[dict[str, Any]], spare: int) -> Call:
         ids = [prompt["prompt_id"] for prompt in prompts]
@@ -200,7 +201,8 @@ def answer(stage: Stage[SampleSettings], base: ModelRef, model: ModelRef, purse:
     if asked < total:
         asking, server = Asking(shards(), call, commit, purse), served_by(stage.store, base, model)
         with engines(stage) as access:
-            for wave, answers in access.pool(settings.engine, server).map(asking.calls(), asking):
+            repeats = asking if purse else None
+            for wave, answers in access.pool(settings.engine, server).map(asking.calls(), repeats):
                 asking.take(wave, answers)
     seconds = time.monotonic() - began
     stage.close_table("samples", schemas.SAMPLE)

@@ -48,6 +48,7 @@ class Runtime(BaseModel):
     namespace: str | None = None  # Ray namespace of the run's engine room; None: the stage starts its own engines
     engines: dict[str, dict[str, Any]] = Field(default_factory=dict)  # engine settings by model key
     workers: int = 1
+    min_workers: int | None = None  # training goes on with so many where there is no room for more
     gpus_per_worker: int = 0
     threads: int = 0  # torch threads of a worker; 0: all cores
     release_engines: bool = False  # end the run's engines before training

@@ -109,12 +109,18 @@ def fit(stage: Stage[Any], plan: Plan) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from infra.engine_room import here
+
     # Type checkers see the first version of Ray Train's settings, Ray runs the second.
     api: Any = ray.train
     runtime, gpu = stage.spec.runtime, plan.device == "cuda"
     system, place = storage(stage.store, stage.spec.folder)
     tidy(system, f"{place}/checkpoints", plan.train.keep_checkpoints)
-    relay = ray.remote(num_cpus=0)(Relay).remote()
+    # Beside this process: it tells of training, which must not end with a node that does none of it.
+    relay = ray.remote(num_cpus=0, scheduling_strategy=here())(Relay).remote()
+    workers: int | tuple[int, int] = runtime.workers
+    if runtime.min_workers and runtime.min_workers < runtime.workers:
+        workers = (runtime.min_workers, runtime.workers)
     trainer = TorchTrainer(
         work,
         train_loop_config={
@@ -125,7 +131,7 @@ def fit(stage: Stage[Any], plan: Plan) -> None:
         # Counts are summed on the CPU, gradients where they are.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
         scaling_config=api.ScalingConfig(
-            num_workers=runtime.workers,
+            num_workers=workers,
             use_gpu=gpu,
             resources_per_worker={"CPU": 1, "GPU": runtime.gpus_per_worker} if gpu else {"CPU": 1},
         ),

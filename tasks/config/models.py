@@ -145,6 +145,14 @@ class Models(Config):
     """Arguments of the template, such as ``enable_thinking: false``."""
 
 
+# Arguments of ``vllm.LLM`` that infra/engine.py gives itself.
+ENGINE_ARGUMENTS = {
+    *("model", "dtype", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+    *("enable_chunked_prefill", "seed", "max_logprobs", "enforce_eager", "disable_log_stats"),
+    *("gpu_memory_utilization", "kv_cache_memory_bytes"),
+}
+
+
 class EngineConfig(Config):
     """How one model is served by vLLM."""
 
@@ -172,6 +180,8 @@ class EngineConfig(Config):
     @model_validator(mode="after")
     def _no_secrets(self) -> "EngineConfig":
         refuse_secrets(self.vllm, "vllm")
+        if given := sorted(self.vllm.keys() & ENGINE_ARGUMENTS):
+            raise ValueError(f"vllm: {given[0]} is set by the engine itself: use the settings beside it")
         return self
 
 

@@ -56,6 +56,9 @@ class Resources(Config):
     """Address of a Ray cluster's job server (http://…:8265); absent: a Ray head is started on this machine."""
     train_workers: int = Field(default=1, ge=1, le=1024)
     """Training workers."""
+    min_train_workers: int | None = Field(default=None, ge=1, le=1024)
+    """Training begins, and goes on from its last checkpoint after a node was lost, with so many workers where the
+    cluster has room for no more, and grows with it; absent: it waits for all of them."""
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     """GPUs of a training worker: 0 on CPU."""
     release_engines: bool = False
@@ -72,6 +75,14 @@ class Resources(Config):
     gpu_slots: str | None = Field(default="switchyard-gpus", pattern=r"^[^/%&><]+$")
     """Prefect's global concurrency limit of which a run takes a slot a GPU, from its first stage that needs GPUs to its
     end. Where the server has no such limit, and on CPU, nothing waits."""
+
+    @model_validator(mode="after")
+    def _fewest_are_no_more(self) -> "Resources":
+        if self.min_train_workers is not None and self.min_train_workers > self.train_workers:
+            raise ValueError(
+                f"min_train_workers {self.min_train_workers} is above train_workers {self.train_workers}: lower it"
+            )
+        return self
 
 
 class RunConfig(Config):

@@ -1,8 +1,13 @@
-"""What tests of this folder share: a machine with everything up, as ``switchyard up`` leaves it."""
+"""What tests of this folder share: a machine with everything up, as ``switchyard up`` leaves it, and a browser."""
 
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from browser import Operator
 from machine import Up
 
 
@@ -13,3 +18,26 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         yield machine
     finally:
         machine.switchyard("down")
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        # Chromium refuses its sandbox to root.
+        sandbox = os.geteuid() != 0
+        browser = playwright.chromium.launch(executable_path=chromium, chromium_sandbox=sandbox)
+        found = browser.new_page(viewport={"width": 1400, "height": 1000})
+        found.set_default_timeout(60_000)
+        yield found
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def operator(page: Any, up: Up, tmp_path_factory: pytest.TempPathFactory) -> Operator:
+    given = os.environ.get("SCREENSHOTS")
+    return Operator(page, up, Path(given) if given else tmp_path_factory.mktemp("screenshots"))

@@ -1,5 +1,6 @@
 """Settings: what is refused, in one line with field, value and fix, before anything starts."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,7 @@ def test_overrides_are_yaml_by_path(tmp_path: Path) -> None:
         ({"name": "Bad Name"}, "name", "match"),
         ({"train.method": {"type": "magic"}}, "train.method", "'sft'"),
         ({"train.micro_batch": 3}, "train", "does not divide"),
+        ({"resources": {"train_workers": 2, "min_train_workers": 3}}, "resources", "above train_workers 2: lower it"),
         ({"train.method": {"type": "minillm"}, "train.rollouts_ahead": 2}, "train", "set 0"),
         ({"train.method": {"type": "minillm", "teacher_share": 1.0}}, "train.method", "less than 1"),
         ({"train.method": {"type": "distillm"}, "train.validation_share": 0}, "train", "raise it"),
@@ -82,6 +84,7 @@ def test_overrides_are_yaml_by_path(tmp_path: Path) -> None:
         ),
         ({"auxiliary": {}, "budget.queries": 3}, "config", "leaves a stage none"),
         ({"sampling.teacher.max_tokens": 4000}, "config", "max_model_len"),
+        ({"engines.student": {"vllm": {"seed": 1}}}, "engines.student", "seed is set by the engine itself"),
         ({"prompts.sources": []}, "prompts.sources", "at least 1"),
         ({"prompts.verifier": "guess"}, "prompts", "module:function"),
         ({"models.student": {"type": "prune", "layers": [0]}}, "models.student.prune.of", "required"),
@@ -179,3 +182,9 @@ def test_exit_2_one_line_no_traceback(arguments: list[str], said: str) -> None:
     assert result.returncode == 2
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_programs_read_why_they_were_refused() -> None:
+    refused = switchyard("plan", "configs/quickstart.yaml", "--set", "budget.queries=x", "--json")
+    (problem,) = json.loads(refused.stdout)["problems"]
+    assert problem.startswith("budget.queries")

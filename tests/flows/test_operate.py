@@ -4,16 +4,13 @@ Screenshots go to the test's folder, or to the one that SCREENSHOTS names.
 """
 
 import json
-import os
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import tiny
+from browser import Operator
 from machine import Up
 
 from infra.process import marked as processes_with
@@ -23,62 +20,6 @@ SECONDS = 2400
 # From the confirmed cancel to the last process of the run.
 CANCEL_SECONDS = 15
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(SECONDS)]
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    with sync_playwright() as playwright:
-        # Chromium refuses its sandbox to root.
-        sandbox = os.geteuid() != 0
-        browser = playwright.chromium.launch(executable_path=chromium, chromium_sandbox=sandbox)
-        found = browser.new_page(viewport={"width": 1400, "height": 1000})
-        found.set_default_timeout(60_000)
-        yield found
-        browser.close()
-
-
-class Operator:
-    """Somebody at the browser, who keeps screenshots."""
-
-    def __init__(self, page: Any, up: Up, screenshots: Path) -> None:
-        self.page, self.up, self.screenshots = page, up, screenshots
-
-    def shoot(self, name: str) -> None:
-        # What is being loaded or moved would be caught halfway.
-        self.page.wait_for_timeout(1500)
-        self.page.screenshot(path=self.screenshots / f"{name}.png")
-
-    def open_form(self) -> None:
-        """From the list of deployments to the form of a run of one's own."""
-        self.page.goto(f"{self.up.ui}/deployments")
-        self.page.get_by_role("link", name="distill", exact=True).first.click()
-        self.page.get_by_role("button", name="Run", exact=True).click()
-        self.shoot("deployment")
-        self.page.get_by_text("Custom run").click()
-
-    def field(self, label: str) -> Any:
-        """The innermost part of the form with this label."""
-        title = self.page.locator(".schema-form-property__label").get_by_text(label, exact=True)
-        return self.page.locator(".schema-form-property").filter(has=title).last
-
-    def submit(self) -> str:
-        """Start what the form says; returns the flow run's id."""
-        self.page.get_by_role("button", name="Submit").click()
-        # Notes lie upon each other while they move: the last one is on top.
-        self.page.get_by_role("button", name="View run").last.click()
-        self.page.wait_for_url("**/runs/flow-run/**")
-        return self.page.url.rsplit("/", 1)[1].partition("?")[0]
-
-
-@pytest.fixture(scope="module")
-def operator(page: Any, up: Up, tmp_path_factory: pytest.TempPathFactory) -> Operator:
-    given = os.environ.get("SCREENSHOTS")
-    return Operator(page, up, Path(given) if given else tmp_path_factory.mktemp("screenshots"))
 
 
 def at_work(up: Up, before: set[int]) -> list[str]:
@@ -132,7 +73,7 @@ def watch(operator: Operator, up: Up, run: str, before: set[int], *kinds: str) -
 def cancel(operator: Operator, up: Up, run: str, before: set[int]) -> None:
     """Cancel the run on its page: nothing of it is left at work."""
     operator.page.get_by_role("button", name="Cancel", exact=True).click()
-    operator.page.get_by_role("button", name="Confirm").click()
+    operator.press("Confirm", "**/set_state")
     began = time.monotonic()
     while working := at_work(up, before):
         assert time.monotonic() - began < CANCEL_SECONDS, working
@@ -187,9 +128,10 @@ def test_a_run_cancelled_in_its_training_continues_to_its_artifacts(
     cancel(operator, up, run, before)
     again = start_again(operator, up, run)
 
-    # Prefect's server dies meanwhile, and comes back: the run goes on.
+    # Prefect's server dies meanwhile, then the worker, and both come back: the run goes on.
     up.wait(again, "RUNNING", seconds=SECONDS)
-    up.restart_server()
+    up.crash("prefect", "server", "start")
+    up.crash("prefect", "worker", "start")
     page.goto("about:blank")
     state = up.wait(again, seconds=SECONDS)
     assert state["type"] == "COMPLETED", state

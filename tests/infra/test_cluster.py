@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from infra.cluster import FINAL, Cluster, running_jobs, stop_jobs, submit
+from infra.cluster import FINAL, Cluster, Job, running_jobs, stop_jobs, submit
 
 pytestmark = pytest.mark.long
 LINES = 300
@@ -72,3 +72,14 @@ def test_a_submission_whose_answer_was_lost_is_adopted(cluster: Cluster, monkeyp
     assert running_jobs(cluster) == {"lost": {"run": "mine"}}
     stop_jobs(cluster, ["lost"])
     assert job.status == "STOPPED"
+
+
+def test_a_job_that_its_head_does_not_know_is_lost(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As after a head was started anew.
+    job = Job(cluster, "of-another-head")
+    assert job.status == "LOST"
+    assert job.status in FINAL
+    # And while there is none.
+    monkeypatch.setattr(cluster.client, "_address", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1"):
+        _ = job.status

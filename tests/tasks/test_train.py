@@ -144,6 +144,19 @@ def test_stage_on_two_workers_is_that_on_one(
     assert stage.facts["rollouts"] == loop.state.prompts_drawn
 
 
+@pytest.mark.long
+def test_a_stage_begins_with_the_workers_there_is_room_for(
+    cluster: None, store: LocalStore, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    # Two CPUs for four workers: without a least number they are waited for.
+    train = {**SHORT, "method": {"type": "sft"}, "keep": "last", "micro_batch": 2, "batch_size": 8}
+    stage = stage_of(store, inputs, train, {"workers": 4, "min_workers": 1})
+    run(stage)
+    loop, _ = alone(stage, tmp_path)
+    losses = [row["loss"] for row in curve(stage).to_pylist()]
+    assert losses == pytest.approx([row["loss"] for row in loop.state.steps], rel=1e-4)
+
+
 def test_distributions_need_one_tokenizer_and_bfloat16_needs_a_gpu(store: LocalStore, inputs: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"switch compares distributions, but teacher stranger and student student"):
         plan_of(stage_of(store, inputs, {**SHORT, "method": SWITCH}, teacher="stranger"))

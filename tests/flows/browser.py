@@ -1,0 +1,49 @@
+"""Somebody at a real browser before Prefect's UI."""
+
+from pathlib import Path
+from typing import Any
+
+from machine import Up
+
+
+class Operator:
+    """Somebody at the browser, who keeps screenshots."""
+
+    def __init__(self, page: Any, up: Up, screenshots: Path) -> None:
+        self.page, self.up, self.screenshots = page, up, screenshots
+
+    def shoot(self, name: str) -> None:
+        # What is being loaded or moved would be caught halfway.
+        self.page.wait_for_timeout(1500)
+        self.page.screenshot(path=self.screenshots / f"{name}.png")
+
+    def open_form(self) -> None:
+        """From the list of deployments to the form of a run of one's own."""
+        self.page.goto(f"{self.up.ui}/deployments")
+        self.page.get_by_role("link", name="distill", exact=True).first.click()
+        self.page.get_by_role("button", name="Run", exact=True).click()
+        self.shoot("deployment")
+        self.page.get_by_text("Custom run").click()
+
+    def field(self, label: str) -> Any:
+        """The innermost part of the form with this label."""
+        title = self.page.locator(".schema-form-property__label").get_by_text(label, exact=True)
+        return self.page.locator(".schema-form-property").filter(has=title).last
+
+    def press(self, button: str, request: str) -> None:
+        """Press a button that sends a request. A server whose database is busy answers 503, of which the page only says
+        that something went wrong: one presses again."""
+        while True:
+            with self.page.expect_response(request) as answered:
+                self.page.get_by_role("button", name=button).click()
+            if answered.value.status != 503:
+                break
+        assert answered.value.ok, answered.value.text()
+
+    def submit(self) -> str:
+        """Start what the form says; returns the flow run's id."""
+        self.press("Submit", "**/create_flow_run")
+        # Notes lie upon each other while they move: the last one is on top.
+        self.page.get_by_role("button", name="View run").last.click()
+        self.page.wait_for_url("**/runs/flow-run/**")
+        return self.page.url.rsplit("/", 1)[1].partition("?")[0]
