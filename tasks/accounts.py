@@ -138,7 +138,7 @@ def funnel(manifests: Manifests) -> list[Level]:
         ("Prompts to learn from", prompts, warmup, f"{heldout:,} more held out for the evaluation" if heldout else ""),
         ("Candidates the student answered", rows(manifests, "select", "signals"), None, ""),
         ("Teacher queries", teacher_queries(manifests), warm, by_teacher(manifests)),
-        ("Annotations kept", total(kept), kept[0], ", ".join(filter(None, (doubted(manifests), own(manifests))))),
+        ("Annotations kept", total(kept), kept[0], ", ".join(filter(None, (doubted(manifests), stood_in(manifests))))),
         ("Auxiliary targets kept", total(beside), beside[0], ""),
         ("Mentor's annotations kept", rows(manifests, "mentor-keep", "kept"), None, mentored(manifests)),
         ("Rows trained on", trained, None, f"{aside:,} more set aside for validation" if aside else ""),
@@ -163,7 +163,7 @@ def doubted(manifests: Manifests) -> str:
     return f"{sum(dropped):,} dropped by peer review"
 
 
-def own(manifests: Manifests) -> str:
+def stood_in(manifests: Manifests) -> str:
     """What of it is the student's, in words."""
     stand_ins = fact(manifests, "keep", "stand_ins")
     return f"{stand_ins:,} of them the student's own text" if stand_ins else ""

@@ -225,7 +225,7 @@ class RunConfig(Config):
                 f"prompts.max_prompt_tokens {longest} + signals.keep.agreement.max_tokens {keep.agreement.max_tokens}: "
                 "raise it"
             )
-        method = self.train.method
+        method: Any = self.train.method
         if keep.stand_in and method.compares and method.annotated == "stored":
             raise ValueError(
                 "signals.keep.stand_in trains on text of the student, of which no distributions of the teacher are "
