@@ -166,7 +166,7 @@ class Network:
     def alive(self) -> list[str]:
         """Addresses of the nodes that the cluster counts; none while it does not answer."""
         script = (
-            "import json, ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR'); "
+            f"import json, ray; ray.init('{self.head.address}:6379', log_to_driver=False, logging_level='ERROR'); "
             "print(json.dumps([node['NodeManagerAddress'] for node in ray.nodes() if node['Alive']]))"
         )
         command = ["ip", "netns", "exec", self.head.name, sys.executable, "-c", script]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from ray.exceptions import TaskCancelledError
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 
 from tasks import dispatch
 from tasks.calls import Call
@@ -48,7 +48,13 @@ class Clock:
     def get(self, reference: Reference) -> Any:
         if reference.cancelled:
             raise TaskCancelledError()
+        if isinstance(reference.value, Exception):
+            raise reference.value
         return reference.value
+
+    def kill(self, handle: "Handle", no_restart: bool) -> None:
+        assert not no_restart
+        handle.replica.die(self.now)
 
     def cancel(self, reference: Reference) -> None:
         if reference.begins > self.now:
@@ -57,21 +63,43 @@ class Clock:
 
 @dataclass(eq=False)
 class Replica:
-    """Works off what it is sent in order, a second for ``per_second`` requests."""
+    """Works off what it is sent in order, a second for ``per_second`` requests. Of ``deadly`` numbers it dies in the
+    middle, at ``raising`` ones it raises, and of ``silent`` ones it never hears again; of the last two once."""
 
     clock: Clock
     per_second: float
     random: random.Random
     starts: float = 0.0
+    restart: float = 300.0
+    deadly: set[int] = field(default_factory=set)
+    raising: set[int] = field(default_factory=set)
+    silent: set[int] = field(default_factory=set)
     sent: list[Reference] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    lives: int = 1
 
     def method(self, model: str, numbers: list[int]) -> Reference:
         seconds = len(numbers) / self.per_second * self.random.uniform(0.95, 1.05)
-        free = max([self.clock.now, *(reference.ends for reference in self.sent if not reference.cancelled)])
-        self.sent.append(Reference(free, free + seconds, numbers))
+        free = max([self.clock.now, self.starts, *(sent.ends for sent in self.sent if not sent.cancelled)])
+        made = Reference(free, free + seconds, numbers)
+        self.sent.append(made)
         self.sizes.append(len(numbers))
-        return self.sent[-1]
+        if self.raising & set(numbers):
+            self.raising.clear()
+            made.value = RayTaskError("choice", "its trace", RuntimeError("illegal memory access"))
+        elif self.silent & set(numbers):
+            self.silent.clear()
+            made.ends = float("inf")
+        elif self.deadly & set(numbers):
+            self.die(free + seconds / 2)
+        return made
+
+    def die(self, at: float) -> None:
+        """Calls that have not ended then end with it; a new life begins later."""
+        for reference in self.sent:
+            if reference.ends > at and not reference.cancelled:
+                reference.ends, reference.value = at, RayActorError()
+        self.starts, self.lives = at + self.restart, self.lives + 1
 
 
 class Handle:
@@ -80,7 +108,7 @@ class Handle:
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
         self.choice = self.Method(replica.method)
-        self.ready = self.Method(lambda: Reference(replica.starts, replica.starts, "alive"))
+        self.ready = self.Method(lambda: Reference(replica.starts, replica.starts, str(replica.lives)))
 
     class Method:
         def __init__(self, remote: Any) -> None:
@@ -88,16 +116,19 @@ class Handle:
 
 
 class Engines:
-    deadline_seconds = 1e9
+    """What the queue is told of replicas."""
+
+    deadline_seconds = 1000.0
 
     def __init__(self, replicas: list[Replica]) -> None:
-        self.replicas = replicas
+        self.replicas, self.alone = replicas, []
 
     def actors(self) -> list[Any]:
         return [Handle(replica) for replica in self.replicas]
 
-    def isolated(self, *_: Any) -> Any:
-        raise AssertionError("nothing dies here")
+    def isolated(self, key: Any, call: Call, repeats: Any, actor: Any, kill: bool) -> tuple[Any, Any]:
+        self.alone.append(key)
+        return call.arguments[1], actor
 
 
 def efficiency(
@@ -114,6 +145,7 @@ def efficiency(
     engines = Engines(replicas)
     results = dict(Dispatch(engines, calls, repeats, logging.getLogger("test")).results())
     assert results == {key: call.arguments[1] for key, call in calls}
+    assert engines.alone == []
     assert min(min(replica.sizes, default=LEAST) for replica in replicas) >= (SIZE if repeats else LEAST)
     return shards * SIZE / sum(rates) / clock.now
 
@@ -143,3 +175,69 @@ def test_one_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch)
 def test_what_a_ledger_covers_is_sent_when_somebody_is_free_and_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     # Nothing is lost here, so nobody asks the ledger.
     assert efficiency(monkeypatch, [SIZE / 60] * 4, {}, 40, repeats=object()) > 0.9
+
+
+def disturbed(
+    monkeypatch: pytest.MonkeyPatch, replicas: int, shards: int, repeats: Any = None, **troubles: set[int]
+) -> tuple[Engines, float]:
+    """Replicas after they have worked off these shards through these troubles, and how long it took."""
+    clock = Clock()
+    monkeypatch.setattr(dispatch, "ray", clock)
+    monkeypatch.setattr(dispatch, "time", clock)
+    engines = Engines([Replica(clock, SIZE / 60, random.Random(number), **troubles) for number in range(replicas)])
+    calls = {key: Call("choice", ("m", list(range(key * SIZE, (key + 1) * SIZE))), {}) for key in range(shards)}
+    if repeats:
+        repeats.calls = calls
+    results = dict(Dispatch(engines, iter(calls.items()), repeats, logging.getLogger("test")).results())
+    assert results == {key: call.arguments[1] for key, call in calls.items()}
+    return engines, clock.now
+
+
+def test_one_that_raised_is_ended_and_holds_up_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each raises once, at another shard, and is away for five minutes then; ten shards each take ten.
+    engines, seconds = disturbed(monkeypatch, 8, 80, raising={3000})
+    assert sum(replica.lives == 2 for replica in engines.replicas) in (1, 2)
+    assert engines.alone == []
+    assert seconds < 60 * 80 / 8 * 1.15
+
+
+def test_one_that_is_silent_is_ended_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines, seconds = disturbed(monkeypatch, 4, 8, silent={5})
+    assert [replica.lives for replica in engines.replicas] == [2, 1, 1, 1]
+    # Its shard is what the others did last.
+    assert 1000 < seconds < 1100
+
+
+def test_requests_that_kill_are_looked_for_at_the_second_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines, _ = disturbed(monkeypatch, 4, 40, deadly={5 * SIZE + 7})
+    assert engines.alone == [5]
+    # What waited behind it was just sent again.
+    assert sum(replica.lives for replica in engines.replicas) == 6
+
+
+class Ledger:
+    """Allows every repetition, and notes it."""
+
+    calls: dict[int, Call]
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int]] = []
+
+    def lost(self, key: Any, start: int = 0, end: int | None = None) -> None:
+        self.told.append(("lost", key))
+
+    def again(self, key: Any, start: int = 0, end: int | None = None) -> Call:
+        self.told.append(("again", key))
+        return self.calls[key]
+
+
+def test_a_ledger_hears_of_all_that_was_lost_before_it_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger()
+    engines, _ = disturbed(monkeypatch, 2, 12, ledger, deadly={3 * SIZE})
+    assert engines.alone == [3]
+    # The deadly shard is lost twice and sent again once here; what waited behind it as often as it was lost.
+    assert ledger.told.count(("lost", 3)) == 2
+    assert ledger.told.count(("again", 3)) == 1
+    others = {key for _, key in ledger.told} - {3}
+    assert all(ledger.told.count(("lost", key)) == ledger.told.count(("again", key)) for key in others)
+    assert all(ledger.told.index(("lost", key)) < ledger.told.index(("again", key)) for key in {3, *others})
