@@ -159,9 +159,9 @@ def estimate(config: RunConfig) -> Estimate:
         sample("mentor-annotate", further, wrote.samples, wrote.max_tokens, sizes["mentor"])
         score("mentor-keep", further * wrote.samples, 1)
     fit("train", config.train)
-    if beside := config.auxiliary:
-        ask("warmup-auxiliary", FIRST, warmup, 1, beside.max_tokens)
-        ask("auxiliary", FIRST, rest, 1, beside.max_tokens)
+    if further_asked := config.auxiliary:
+        ask("warmup-auxiliary", FIRST, warmup, 1, further_asked.max_tokens)
+        ask("auxiliary", FIRST, rest, 1, further_asked.max_tokens)
     seeds, length = len(config.evaluate.seeds), config.evaluate.max_tokens
     sample("evaluate-before", heldout, seeds, length, teacher + student)
     sample("evaluate-after", heldout, seeds, length, 2 * student)
@@ -172,8 +172,8 @@ def estimate(config: RunConfig) -> Estimate:
     result.teacher_queries = prompts * config.queries_per_prompt
     read, answered = (prompts * config.answers_per_prompt * most for most in (longest, written.max_tokens))
     targets = (0, 0)
-    if beside:
-        targets = prompts * (longest + beside.template_tokens), prompts * beside.max_tokens
+    if further_asked:
+        targets = prompts * (longest + further_asked.template_tokens), prompts * further_asked.max_tokens
     tokens = read + answered + sum(targets)
     result.teacher_tokens = min(tokens, config.budget.tokens or tokens)
     if config.budget.price is not None:
