@@ -105,27 +105,31 @@ def estimate(config: RunConfig) -> Estimate:
         tokens = int(prompts * samples * length * FILL)
         result.stages[name] = Cost(prompts * samples, tokens, start + 2 * size * tokens / decode / replicas)
 
-    def annotate(name: str, prompts: int, samples: int, length: int) -> None:
+    def ask(name: str, role: str, prompts: int, samples: int, length: int) -> None:
+        sample(name, prompts, samples, length, sizes[role])
+        if isinstance(source := config.served[role].source, OpenAIModel):
+            service = source.service
+            pace = 60 / service.requests_per_minute if service.requests_per_minute else 0.0
+            each = max(pace, ANSWER_SECONDS / service.concurrency)
+            result.stages[name].seconds = start + result.stages[name].rows * each
+
+    def annotate(name: str, prompts: int) -> None:
         for role, part in zip(config.teachers, answering(config), strict=True):
             own = name if role == FIRST else f"{name}-{role}"
-            sample(own, round(prompts * part), samples, length, sizes[role])
-            if isinstance(source := config.served[role].source, OpenAIModel):
-                service = source.service
-                pace = 60 / service.requests_per_minute if service.requests_per_minute else 0.0
-                each = max(pace, ANSWER_SECONDS / service.concurrency)
-                result.stages[own].seconds = start + result.stages[own].rows * each
+            ask(own, role, round(prompts * part), written.samples, written.max_tokens)
         if config.peers:
             here = [role for role in config.teachers if not isinstance(config.served[role].source, OpenAIModel)]
             # Each reads what the others wrote.
             parts = dict(zip(config.teachers, answering(config), strict=True))
             reviews = prompts * sum(sum(parts.values()) - parts[role] for role in here) if config.peers.review else 0
             size = max((sizes[role] for role in here), default=0.0)
-            sample(name.replace("annotate", "review"), round(reviews * samples), 1, longest + length, size)
+            reviewed = round(reviews * written.samples)
+            sample(name.replace("annotate", "review"), reviewed, 1, longest + written.max_tokens, size)
 
-    def score(name: str, annotations: int) -> None:
+    def score(name: str, prompts: int, answers: int) -> None:
         """The TA reads, and answers itself where annotations have to agree."""
         agreement = config.signals.keep.agreement
-        sample(name, annotations, 1, longest + (agreement.max_tokens if agreement else 0), assistant)
+        sample(name, prompts, answers, longest + (agreement.max_tokens if agreement else 0), assistant)
 
     def fit(name: str, settings: TrainConfig, size: float = student) -> None:
         tokens = int(settings.steps * settings.batch_size * settings.max_length * FILL)
@@ -141,37 +145,37 @@ def estimate(config: RunConfig) -> Estimate:
     warmup, rest = config.warmup_prompts, config.selected_prompts
     asked, heldout = candidates(config), config.prompts.heldout
     written, own = config.sampling.teacher, config.sampling.student
-    # Of the teachers, for each prompt.
-    answers = config.queries_per_prompt - (config.auxiliary is not None)
-    annotate("warmup-annotate", warmup, written.samples, written.max_tokens)
-    score("warmup-keep", warmup * answers)
+    annotate("warmup-annotate", warmup)
+    score("warmup-keep", warmup, config.answers_per_prompt)
     fit("warmup-train", config.warmup)
     sample("student-sample", asked, own.samples, own.max_tokens, student)
     sample("select", asked, 1, longest, assistant)
-    annotate("annotate", rest, written.samples, written.max_tokens)
-    score("keep", rest * answers)
+    annotate("annotate", rest)
+    score("keep", rest, config.answers_per_prompt)
     if mentor := config.mentor:
         further = min(mentor.prompts, max(0, asked - rest) or mentor.prompts)
         fit("mentor-train", mentor.train, sizes["mentor"])
         wrote = mentor.sampling
         sample("mentor-annotate", further, wrote.samples, wrote.max_tokens, sizes["mentor"])
-        score("mentor-keep", further * wrote.samples)
+        score("mentor-keep", further * wrote.samples, 1)
     fit("train", config.train)
-    if beside := config.auxiliary:
-        annotate("warmup-auxiliary", warmup, 1, beside.max_tokens)
-        annotate("auxiliary", rest, 1, beside.max_tokens)
+    if further_asked := config.auxiliary:
+        ask("warmup-auxiliary", FIRST, warmup, 1, further_asked.max_tokens)
+        ask("auxiliary", FIRST, rest, 1, further_asked.max_tokens)
     seeds, length = len(config.evaluate.seeds), config.evaluate.max_tokens
     sample("evaluate-before", heldout, seeds, length, teacher + student)
     sample("evaluate-after", heldout, seeds, length, 2 * student)
     for name, starts in (("models", 2), ("prompts", 1), ("report", 1)):
         result.stages[name] = Cost(seconds=starts * start)
 
-    result.teacher_queries = (warmup + rest) * config.queries_per_prompt
     prompts = warmup + rest
-    read, answered = (prompts * answers * most for most in (longest, written.max_tokens))
-    if beside:
-        read, answered = read + prompts * (longest + beside.template_tokens), answered + prompts * beside.max_tokens
-    result.teacher_tokens = min(read + answered, config.budget.tokens or read + answered)
+    result.teacher_queries = prompts * config.queries_per_prompt
+    read, answered = (prompts * config.answers_per_prompt * most for most in (longest, written.max_tokens))
+    targets = (0, 0)
+    if further_asked:
+        targets = prompts * (longest + further_asked.template_tokens), prompts * further_asked.max_tokens
+    tokens = read + answered + sum(targets)
+    result.teacher_tokens = min(tokens, config.budget.tokens or tokens)
     if config.budget.price is not None:
         prices = [config.budget.price_of(role) or config.budget.price for role in config.teachers]
         # What it would come to if all were asked of one teacher.
@@ -180,6 +184,7 @@ def estimate(config: RunConfig) -> Estimate:
         most = sum(own * part for own, part in zip(alone, parts, strict=True)) / sum(parts)
         if config.peers and isinstance(config.peers.routing, BySource):
             most = max(alone)
+        most += float(config.budget.price.of(*targets))
         result.teacher_money = f"{min(most, config.budget.money or most):,.4g} {config.budget.price.currency}"
     width = 2 if gpu else 4
     # Roles with the same model and settings share their engines.
@@ -191,9 +196,9 @@ def estimate(config: RunConfig) -> Estimate:
         if not isinstance(model.source, OpenAIModel)
     }
     engines = sum(serving.values())
-    asked_live = teacher if config.train.method.asks_teacher else 0
+    beside = teacher if config.train.method.asks_teacher else 0
     between = sizes.get("mentor", 0.0)
-    training = max(16 * student + width * asked_live, 16 * between) / GIB + 2 * PROCESS_GIB
+    training = max(16 * student + width * beside, 16 * between) / GIB + 2 * PROCESS_GIB
     result.memory_gib = SERVICES_GIB + (
         max(engines, training) if config.resources.release_engines else engines + training
     )

@@ -151,11 +151,15 @@ class RunConfig(Config):
         return {"warmup": self.warmup, **mentor, "train": self.train}
 
     @property
-    def queries_per_prompt(self) -> int:
-        """Teacher queries that a prompt takes: each sample of each teacher that it goes to, and an auxiliary target."""
+    def answers_per_prompt(self) -> int:
+        """Answers that a prompt is given: each sample of each teacher that it goes to."""
         everyone = self.peers and isinstance(self.peers.routing, Everyone)
-        answers = self.sampling.teacher.samples * (len(self.teachers) if everyone else 1)
-        return answers + (self.auxiliary is not None)
+        return self.sampling.teacher.samples * (len(self.teachers) if everyone else 1)
+
+    @property
+    def queries_per_prompt(self) -> int:
+        """Teacher queries that a prompt takes: its answers, and an auxiliary target."""
+        return self.answers_per_prompt + (self.auxiliary is not None)
 
     @property
     def warmup_prompts(self) -> int:
