@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -11,6 +12,7 @@ from infra.cluster import free_port
 from infra.process import Guarded
 
 START_SECONDS = 180.0
+LOOK_SECONDS = 1.0
 
 
 def environment(home: Path, url: str | None = None) -> dict[str, str]:
@@ -48,19 +50,30 @@ def answers(url: str) -> bool:
 
 
 class EmbeddedServer:
-    """A server of one run: SQLite below ``home``. ``start`` returns at once; ``wait`` when it answers."""
+    """A server of one run: SQLite below ``home``. ``start`` returns at once; ``wait`` when it answers. From then on one
+    that dies is started again at the same address: Prefect's client repeats what it could not say."""
 
     def __init__(self, home: Path) -> None:
         self.home = home.absolute()
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/api"
         self._process: Guarded | None = None
+        self._over = threading.Event()
+        self._reviver = threading.Thread(target=self._revive, daemon=True, name="prefect-server")
 
     def start(self) -> None:
         # Read by Prefect when it is imported, in this process and in every child.
         os.environ.update(environment(self.home, self.url))
+        self._spawn()
+
+    def _spawn(self) -> None:
         own = server_environment(self.home, self.url)
         self._process = Guarded(server_command(self.port), self.home / "server.log", own)
+
+    def _revive(self) -> None:
+        while not self._over.wait(LOOK_SECONDS):
+            if self._process and not self._process.alive:
+                self._spawn()
 
     def wait(self) -> None:
         assert self._process is not None
@@ -71,8 +84,13 @@ class EmbeddedServer:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"Prefect's server did not answer within {START_SECONDS:.0f} s: {self._process.log}")
             time.sleep(0.2)
+        if not self._reviver.is_alive():
+            self._reviver.start()
 
     def stop(self) -> None:
+        self._over.set()
+        if self._reviver.is_alive():
+            self._reviver.join()
         if self._process:
             self._process.stop()
             self._process = None

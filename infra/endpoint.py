@@ -17,8 +17,9 @@ import pyarrow as pa
 from pydantic import BaseModel, Field
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from infra.models import ModelRef, load_tokenizer, local_folder
+from infra.models import ModelRef
 from infra.store import open_store
+from infra.tokens import Tokens
 
 CONNECT_SECONDS = 20.0
 # Longest pause between two tries, unless the endpoint asks for a longer one.
@@ -112,8 +113,7 @@ class Endpoint:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.spec = EndpointSpec.model_validate(spec)
-        folder = local_folder(open_store(self.spec.root), self.spec.tokenizer, weights=False)
-        self.tokenizer = load_tokenizer(folder, self.spec.tokenizer.chat_template)
+        self.tokens = Tokens(open_store(self.spec.root), self.spec.tokenizer)
         self.pace = Pace(self.spec.requests_per_minute)
         self.life = uuid.uuid4().hex
 
@@ -147,14 +147,15 @@ class Endpoint:
             body = {"model": self.spec.model, "messages": conversations[number], **limits, **self.spec.extra}
             bodies.append({**body, "seed": seed % (1 << 31)} if self.spec.send_seed and temperature > 0 else body)
         replies = asyncio.run(Round(self.spec, self.pace, spare, max_tokens).ask(bodies))
-        prompts = [self._prompt(conversation, template_args or {}) for conversation in conversations]
+        prompts = [self.tokens.prompt(conversation, template_args or {}) for conversation in conversations]
+        responses = [self.tokens.response(reply.text or "", reply.finish_reason) for reply in replies]
         rows = len(replies)
         return pa.table(
             {
                 "conversation": pa.array([number for number, _ in asked], pa.int32()),
                 "seed": pa.array([seed for _, seed in asked], pa.int64()),
                 "prompt_token_ids": pa.array([prompts[number] for number, _ in asked], pa.list_(pa.int32())),
-                "token_ids": pa.array([self._response(reply) for reply in replies], pa.list_(pa.int32())),
+                "token_ids": pa.array(responses, pa.list_(pa.int32())),
                 "text": pa.array([reply.text for reply in replies], pa.string()),
                 "finish_reason": pa.array([reply.finish_reason for reply in replies], pa.string()),
                 "logprob": pa.nulls(rows, pa.float32()),
@@ -166,17 +167,6 @@ class Endpoint:
                 "outage": pa.array([reply.outage for reply in replies], pa.bool_()),
             }
         )
-
-    def _prompt(self, conversation: list[dict[str, str]], template_args: dict[str, Any]) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=True, **template_args
-        )
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def _response(self, reply: Reply) -> list[int]:
-        """The text in the student's tokens, ended where the teacher ended it."""
-        ids = self.tokenizer.encode(reply.text or "", add_special_tokens=False)
-        return [*ids, self.tokenizer.eos_token_id] if reply.finish_reason == "stop" else ids
 
 
 class Round:

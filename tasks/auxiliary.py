@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from infra.manifest import read_part
 from tasks import sample, schemas
-from tasks.sample import SampleSettings, slices
+from tasks.foreign import InStudentTokens
+from tasks.sample import SampleSettings, slices, worded
 from tasks.stage import Stage, main
 
 
@@ -36,19 +37,21 @@ def reason(settings: AuxiliarySettings, target: dict[str, Any]) -> str:
 def keep(stage: Stage[AuxiliarySettings]) -> None:
     """Commit every target with its reason, and the rows to train on."""
     settings, tables = stage.settings, stage.manifest.tables
+    readable = InStudentTokens(stage, settings.template_args)
     parts = {part.shard: part for part in tables["samples"].parts}
     distributions = {part.shard: part for part in tables["distributions"].parts} if settings.distributions else {}
     for shard, prompts in slices(stage, "prompts", settings.table, settings.shard_size, settings.limit):
-        sources = dict(zip(prompts["prompt_id"].to_pylist(), prompts["source"].to_pylist(), strict=True))
+        asked = {row["prompt_id"]: row for row in worded(prompts.to_pylist(), settings.template)}
         stored = read_part(stage.store, distributions[shard]).to_pylist() if distributions else []
         blobs = {row["sample_id"]: row["distributions"] for row in stored}
         targets, kept = [], []
         for row in read_part(stage.store, parts[shard]).to_pylist():
             why, name = reason(settings, row), row["sample_id"]
-            ids = {"sample_id": name, "prompt_id": row["prompt_id"], "source": sources[row["prompt_id"]]}
+            ids = {"sample_id": name, "prompt_id": row["prompt_id"], "source": asked[row["prompt_id"]]["source"]}
             targets.append(ids | {"text": row["text"], "kept": why == "kept", "reason": why})
             if why == "kept":
-                tokens = {key: row[key] for key in ("prompt_token_ids", "token_ids")}
+                written = readable.of(asked[row["prompt_id"]], row)
+                tokens = {key: written[key] for key in ("prompt_token_ids", "token_ids")}
                 own = {"row_id": name, "weight": settings.weight, "distributions": blobs.get(name)}
                 kept.append(ids | tokens | own)
         stage.commit("targets", shard, pa.Table.from_pylist(targets, schema=schemas.TARGET))

@@ -22,6 +22,7 @@ from tasks.calibrate import Fit, fitted
 from tasks.config.base import Config
 from tasks.config.signals import Confidence, Keep, PTrue
 from tasks.engines import Call, engines, model_of
+from tasks.foreign import InStudentTokens
 from tasks.keeping import choose, judged, replaced, threshold
 from tasks.review import mean_scores
 from tasks.sample import slices
@@ -137,9 +138,11 @@ def filter_shard(
     fit: Fit | None,
     least: float,
     own: OwnAnswers | None,
+    readable: InStudentTokens,
 ) -> None:
     """Commit one shard's scores, kept rows and charged prompts."""
-    keep, rows = stage.settings.keep, samples.to_pylist()
+    keep = stage.settings.keep
+    rows = [readable.of(prompt, row) for prompt, row in zip(prompts, samples.to_pylist(), strict=True)]
     doubted = doubts(stage, shard, samples)
     answers = agreement.answers_of(stage, shard) if keep.agreement else {}
     deciding = (fit.map(confidences) if fit else confidences).tolist()
@@ -205,8 +208,9 @@ def run(stage: Stage[KeepSettings]) -> None:
         stage.facts["calibration"] = {"known": known, "used": fit is not None}
     least = threshold(keep, fit.map(confidences) if fit else confidences)
     own = OwnAnswers(stage) if keep.stand_in else None
+    readable = InStudentTokens(stage, stage.settings.template_args)
     for shard, prompts, samples in pairs(stage):
-        filter_shard(stage, shard, prompts, samples, confidence_by_shard[shard], fit, least, own)
+        filter_shard(stage, shard, prompts, samples, confidence_by_shard[shard], fit, least, own, readable)
     for table, schema in (("scores", schemas.SCORE), ("kept", schemas.KEPT), ("charged", schemas.CHARGED)):
         stage.close_table(table, schema)
     why = reasons(stage)

@@ -88,6 +88,15 @@ def test_up_leaves_deployments_that_prefect_deploys_alike(up: Up, tmp_path: Path
     assert subprocess.run(["git", "diff", "--quiet", "prefect.yaml"], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.timeout(SECONDS)
+def test_a_schedule_makes_runs(up: Up) -> None:
+    mine = {"deployments": {"id": {"any_": [up.deployment("reap")["id"]]}}}
+    deadline = time.monotonic() + 90
+    while not any(run["auto_scheduled"] for run in up.ask("/flow_runs/filter", **mine)):
+        assert time.monotonic() < deadline, (up.home / "server.log").read_text()[-3000:]
+        time.sleep(1)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(SECONDS)
 def test_missed_schedules_are_not_all_caught_up(up: Up) -> None:

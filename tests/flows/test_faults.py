@@ -1,8 +1,15 @@
-"""A run that a disk keeps from starting says so in one line."""
+"""A run that a disk keeps from starting says so in one line; a run's own Prefect server that dies is started again."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.server import EmbeddedServer, answers
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -16,3 +23,27 @@ def test_a_run_on_a_read_only_disk_is_one_line(small_disk: Path) -> None:
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: --root: ")
     assert line.endswith("cannot be written (Read-only file system): choose another folder")
+
+
+@pytest.mark.long
+def test_a_server_that_is_killed_is_started_again_at_its_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    server = EmbeddedServer(tmp_path)
+    server.start()
+    try:
+        server.wait()
+        (guard,) = (child for child in psutil.Process().children() if "server" in child.cmdline())
+        killed = guard.children()
+        for process in killed:
+            process.kill()
+        psutil.wait_procs(killed, timeout=10)
+        assert not answers(server.url)
+        deadline = time.monotonic() + 60
+        while not answers(server.url):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    finally:
+        server.stop()
+    assert not answers(server.url)
