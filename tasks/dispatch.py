@@ -1,9 +1,8 @@
 """Calls on their way through the replicas of one engine: a queue of shards, of which whoever is free takes the next.
 
-Towards the end, shards that are left are cut into ever smaller pieces, and what only waits at a replica is taken back
-for those that have nothing to do, so that all end together. A replica that is slow, still loading, or starting again
-after it died holds up what it works on and nothing else. Which replica answers what decides no result: requests carry
-their seeds, and pieces are joined to their shard.
+Towards the end, shards that are left are cut into ever smaller pieces, so that all end together. A replica that is
+slow, still loading, or starting again after it died holds up what it works on and nothing else. Which replica answers
+what decides no result: requests carry their seeds, and pieces are joined to their shard.
 
 Where a ledger covers what is sent (``repeats``), a shard is sent when a replica is free for it, and stays whole: what
 was set aside for it is lost if this process dies.
@@ -19,13 +18,16 @@ from math import ceil
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError, RayTaskError, TaskCancelledError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError, RayTaskError
 
 from tasks.calls import Call
 from tasks.isolate import joined, part, size
 
 # Requests queued at one replica: one runs, one waits, so that the store's latency is never the engine's.
 IN_FLIGHT = 2
+# Shards for each replica that are taken from the stage before they are sent, to see the end in time. What waits at a
+# replica cannot be taken back: Ray's cancel of a queued call hides its result, the actor still does the work.
+AHEAD = 2
 # How often one shard is tried whole, before the requests that its engine dies of are looked for.
 SHARD_TRIES = 2
 # Fewer requests are not worth a call of their own.
@@ -116,7 +118,7 @@ class Dispatch:
         self.engines, self.source, self.repeats, self.log = engines, iter(calls), repeats, log
         self.replicas = [Replica(actor) for actor in engines.actors()]
         self.running: dict[Any, tuple[Piece, Replica]] = {}
-        self.ahead: deque[Piece] = deque()  # taken from the source, or back from a replica
+        self.ahead: deque[Piece] = deque()  # taken from the source
         self.lost: deque[Piece] = deque()
         self.over = False  # the source has no more
         self.pace = 0.0  # requests a second of a replica, usually
@@ -181,33 +183,22 @@ class Dispatch:
         return max(LEAST, ceil(share))
 
     def _look_ahead(self) -> None:
-        """Take calls from the source: as many as there are replicas, to see its end in time; one where it is sent at
-        once."""
-        while not self.over and len(self.ahead) < (len(self.replicas) if self.shares else 1):
+        """Take calls from the source: some for each replica, to see its end in time; one where it is sent at once."""
+        while not self.over and len(self.ahead) < (AHEAD * len(self.replicas) if self.shares else 1):
             following: Any = next(self.source, END)
             if following is None:
                 return
             if following is END:
                 self.over = True
-                if self.shares:
-                    self._take_back()
             else:
                 key, call = following
                 self.ahead.append(Piece(Job(key, call, size(call)), 0, size(call)))
 
-    def _take_back(self) -> None:
-        """At the end nothing is to wait at a replica that another could begin. What begins at this moment is done
-        twice."""
-        for replica in self.replicas:
-            # Where the first is over, though nobody has looked yet, the second has begun.
-            if len(replica.sent) > 1 and not ray.wait(replica.sent[:1], timeout=0)[0]:
-                ray.cancel(replica.sent[1])
-
     def _next(self) -> Any:
-        """The reference of a call that ended, or of a replica's answer that it is there. A replica that ends no call
-        for its deadline is ended itself, and its calls with it."""
+        """The reference of a call that ended, or of a replica's answer that it is there."""
         while True:
             now, seconds = time.monotonic(), min(WATCH_SECONDS, self.engines.deadline_seconds)
+            self._end_silent(now)
             for replica in self.replicas:
                 if replica.up or replica.condemned:
                     continue
@@ -222,12 +213,19 @@ class Dispatch:
             ended, _ = ray.wait(waited, num_returns=1, timeout=seconds)
             if ended:
                 return ended[0]
-            for replica in self.replicas:
-                if replica.sent and time.monotonic() - replica.since > self.engines.deadline_seconds:
-                    silent = self.engines.deadline_seconds
-                    self.log.warning("an engine was silent for %g s: it is started again", silent)
-                    ray.kill(replica.actor, no_restart=False)
-                    replica.since = time.monotonic()
+
+    def _end_silent(self, now: float) -> None:
+        """End replicas that neither finish a call nor load in their time, however busy the others are."""
+        for replica in self.replicas:
+            waited = [*replica.sent[:1], *filter(None, [replica.coming])][:1]
+            began = replica.since if replica.sent else replica.asked
+            # What ended while nobody looked, as during a long commit, is no silence.
+            late = waited and now - began > self.engines.deadline_seconds
+            if late and not ray.wait(waited, timeout=0)[0]:
+                self.log.warning("an engine was silent for %g s: it is started again", self.engines.deadline_seconds)
+                ray.kill(replica.actor, no_restart=False)
+                replica.since = replica.asked = now
+                replica.coming = None
 
     def _ended(self, reference: Any) -> Iterator[tuple[Any, Any]]:
         """Results that are whole with what ended."""
@@ -238,8 +236,6 @@ class Dispatch:
         seconds, replica.since = time.monotonic() - replica.since, time.monotonic()
         try:
             result = ray.get(reference)
-        except TaskCancelledError:
-            self.ahead.append(self._taken(reference))
         except RayTaskError as error:
             refuse_mistakes(error)
             replica.up, replica.condemned = False, True
@@ -279,7 +275,7 @@ class Dispatch:
             ready, _ = ray.wait([reference], timeout=0)
             try:
                 result = ray.get(ready[0]) if ready else None
-            except (RayActorError, RayTaskError, ObjectLostError, TaskCancelledError):
+            except (RayActorError, RayTaskError, ObjectLostError):
                 ready = []
             piece = self._taken(reference)
             if ready:

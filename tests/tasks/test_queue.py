@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.exceptions import RayActorError, RayTaskError
 
 from tasks import dispatch
 from tasks.calls import Call
@@ -22,7 +22,6 @@ class Reference:
     begins: float
     ends: float
     value: Any
-    cancelled: bool = False
 
 
 class Clock:
@@ -46,8 +45,6 @@ class Clock:
         return [first], []
 
     def get(self, reference: Reference) -> Any:
-        if reference.cancelled:
-            raise TaskCancelledError()
         if isinstance(reference.value, Exception):
             raise reference.value
         return reference.value
@@ -55,10 +52,6 @@ class Clock:
     def kill(self, handle: "Handle", no_restart: bool) -> None:
         assert not no_restart
         handle.replica.die(self.now)
-
-    def cancel(self, reference: Reference) -> None:
-        if reference.begins > self.now:
-            reference.cancelled, reference.ends = True, self.now
 
 
 @dataclass(eq=False)
@@ -80,7 +73,7 @@ class Replica:
 
     def method(self, model: str, numbers: list[int]) -> Reference:
         seconds = len(numbers) / self.per_second * self.random.uniform(0.95, 1.05)
-        free = max([self.clock.now, self.starts, *(sent.ends for sent in self.sent if not sent.cancelled)])
+        free = max([self.clock.now, self.starts, *(sent.ends for sent in self.sent)])
         made = Reference(free, free + seconds, numbers)
         self.sent.append(made)
         self.sizes.append(len(numbers))
@@ -97,7 +90,7 @@ class Replica:
     def die(self, at: float) -> None:
         """Calls that have not ended then end with it; a new life begins later."""
         for reference in self.sent:
-            if reference.ends > at and not reference.cancelled:
+            if reference.ends > at:
                 reference.ends, reference.value = at, RayActorError()
         self.starts, self.lives = at + self.restart, self.lives + 1
 
@@ -160,7 +153,8 @@ def test_replicas_of_one_speed_are_hardly_ever_idle(monkeypatch: pytest.MonkeyPa
 def test_a_slow_replica_holds_up_none(monkeypatch: pytest.MonkeyPatch, speed: float) -> None:
     rates = [SIZE / 60] * 16
     rates[3] *= speed
-    assert efficiency(monkeypatch, rates, {}, 160) > 0.98
+    # One at a fifth of the speed has two whole shards before its pace is known.
+    assert efficiency(monkeypatch, rates, {}, 160) > (0.98 if speed > 0.2 else 0.94)
 
 
 @pytest.mark.parametrize("shards", [3, 8, 16, 17, 20, 33])
@@ -206,6 +200,12 @@ def test_one_that_is_silent_is_ended_at_its_deadline(monkeypatch: pytest.MonkeyP
     assert [replica.lives for replica in engines.replicas] == [2, 1, 1, 1]
     # Its shard is what the others did last.
     assert 1000 < seconds < 1100
+
+
+def test_one_that_does_not_load_is_started_again_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 64 shards of a minute on the others: something ends all the time.
+    assert efficiency(monkeypatch, [SIZE / 60] * 4, {2: 1e8}, 160) == pytest.approx(0.88, abs=0.02)
+    assert efficiency(monkeypatch, [SIZE / 60], {0: 1e8}, 10) == pytest.approx(600 / (1000 + 300 + 600), abs=0.01)
 
 
 def test_requests_that_kill_are_looked_for_at_the_second_death(monkeypatch: pytest.MonkeyPatch) -> None:
