@@ -4,11 +4,9 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import ray
 
 from tasks.calls import Call
@@ -61,14 +59,6 @@ class Engines:
     def sizes(self, number: int) -> list[int]:
         """Of the calls that a replica began."""
         return [int(path.read_text()) for path in sorted(self.folders[number].glob("asked-*"))]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    paths = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=paths)
-    yield
-    ray.shutdown()
 
 
 def calls(count: int) -> dict[int, Call]:

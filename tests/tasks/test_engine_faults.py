@@ -6,7 +6,6 @@ The engines here answer by arithmetic and die for real; everything around them i
 import os
 import signal
 import time
-from collections.abc import Iterator
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -97,15 +96,6 @@ class Access:
 
     def room(self) -> Any:
         return self._room
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    # Workers import the engines from here.
-    paths = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=paths)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
