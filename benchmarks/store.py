@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from benchmarks.conditions import conditions, options, publish
 from benchmarks.meter import Peak
 from infra.cluster import free_port
-from infra.manifest import ROW_GROUP, Committer, Manifest, close_table, commit_manifest, read_table
+from infra.manifest import ROW_GROUP, Committer, Manifest, commit_manifest, read_table
 from infra.s3 import S3Store
 from infra.store import LocalStore, Store, open_store
 from tasks.resume import storage
@@ -81,8 +81,7 @@ def ours(store: Store, tables: list[pa.Table], name: str) -> tuple[float, float]
     committer = Committer(store, manifest.folder)
     for shard, rows in enumerate(tables):
         committer.commit("samples", shard, rows)
-    committer.wait()
-    manifest.tables["samples"] = close_table(store, manifest.folder, "samples", SAMPLE)
+    manifest.tables["samples"] = committer.close("samples", SAMPLE)
     commit_manifest(store, manifest)
     wrote = time.perf_counter()
     rows = sum(part.num_rows for part in read_table(store, manifest, "samples"))
@@ -156,8 +155,7 @@ def peak_mib(rows: int, root: str) -> float:
         for shard in range(-(-rows // PART_ROWS)):
             left = min(PART_ROWS, rows - shard * PART_ROWS)
             committer.commit("samples", shard, tables[shard % 4].slice(0, left))
-        committer.wait()
-        manifest.tables["samples"] = close_table(store, manifest.folder, "samples", schema)
+        manifest.tables["samples"] = committer.close("samples", schema)
         commit_manifest(store, manifest)
         assert sum(part.num_rows for part in read_table(store, manifest, "samples")) == rows
     return round(peak.extra / MIB, 1)
