@@ -1,4 +1,4 @@
-# make demo | test | test-cluster | check | audit | bench | house-models | env
+# make demo | test | test-cluster | check | audit | bench | screenshots | house-models | env
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 TORCH_INDEX := $(if $(UV_FIND_LINKS)$(filter gpu,$(EXTRA)),,--torch-backend cpu)
 
-.PHONY: demo test test-long test-cluster check audit bench house-models env clean
+.PHONY: demo test test-long test-cluster check audit bench screenshots house-models env clean
 
 env: .venv/.installed
 
@@ -51,9 +51,10 @@ check: env
 # Known vulnerabilities of what is installed, but for those that audit.txt accepts. Asks api.osv.dev: where that is not
 # reached nothing was audited, which fails here and is said in `make check`.
 audit: env
-	@said=$$($(BIN)/uv tool run --quiet --from 'pip-audit>=2.9,<3' pip-audit --vulnerability-service osv \
+	@accepted=$$($(BIN)/python -m infra.advisories audit.txt) || exit 1; \
+	said=$$($(BIN)/uv tool run --quiet --from 'pip-audit>=2.9,<3' pip-audit --vulnerability-service osv \
 		--progress-spinner off --skip-editable --path "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" \
-		$$(sed -n 's/^\([A-Z]*-[^ ]*\) .*/--ignore-vuln \1/p' audit.txt) 2>&1) && echo "audit: $$(grep -m1 -i vulnerabilit <<<"$$said")" || { \
+		$$accepted 2>&1) && echo "audit: $$(grep -m1 -i vulnerabilit <<<"$$said")" || { \
 		grep -qE 'ConnectionError|ConnectTimeout|ReadTimeout|Failed to fetch|No solution found' <<<"$$said" || \
 			{ echo "$$said"; exit 1; }; \
 		echo "audit: not done, api.osv.dev or pip-audit is not reached: $$(tail -1 <<<"$$said" | cut -c1-120)" >&2; \
@@ -63,6 +64,13 @@ bench: env
 	@for name in divergence switch_decode switch_step teacher_codec store sampling orchestration; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
 
 # The models of benchmarks/methods.py; made ones are committed. About an hour of one core.
+# Both pictures of a run in Prefect's UI, as their test takes them: about ten minutes.
+screenshots: env
+	mkdir -p test-output
+	SCREENSHOTS=test-output $(BIN)/python -m pytest tests/flows/test_operate.py::test_a_run_cancelled_in_its_training_continues_to_its_artifacts
+	cp test-output/form.png docs/operate-form.png
+	cp test-output/running.png docs/operate-run.png
+
 house-models: env
 	$(BIN)/python -m benchmarks.house
 

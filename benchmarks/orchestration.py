@@ -7,11 +7,13 @@ job, its log, progress and manifest. In turn with it the same command is started
 (``true``) on the same head, polled until it has ended. What the spine adds is the first less the second, medians of the
 rounds; ``seconds_above_empty_job`` is what remains of it without the third.
 
-Then the finished flow run is copied a thousand times in the server's database: runs, tasks, states, log lines,
-artifacts. Calls that the spine and Prefect's pages make are timed before and after.
+Then the finished flow run is copied a thousand times in the server's database, as runs that a deployment's schedule
+made: runs, tasks, states, log lines, artifacts, events. Calls that the spine, a worker and Prefect's pages make are
+timed before and after.
 """
 
 import os
+import re
 import sqlite3
 import statistics
 import subprocess
@@ -28,6 +30,7 @@ from typing import Any
 import httpx
 
 from benchmarks.conditions import conditions, options, publish
+from flows.local import POOL
 from flows.server import EmbeddedServer
 from infra.cluster import FINAL, QUIET
 from tasks.config import load_config
@@ -36,7 +39,7 @@ from tasks.stage import StageSpec
 STAGE = "benchmarks.short_stage"
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 EMPTY_POLL_SECONDS = 0.02
-# What belongs to one run, by table: the column that names the run.
+# What belongs to one run, by table: the column that names the run, one of its tasks, either as a resource, or an event.
 TABLES = {
     "flow_run": "id",
     "flow_run_state": "flow_run_id",
@@ -44,7 +47,11 @@ TABLES = {
     "task_run_state": "task_run_id",
     "artifact": "flow_run_id",
     "log": "flow_run_id",
+    "events": "resource_id",
+    "event_resources": "event_id",
 }
+DEPLOYMENT = "distill-recurring"
+UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 CALLS = 40
 
 
@@ -100,30 +107,44 @@ def rows_of(db: sqlite3.Connection, run: str) -> dict[str, list[dict[str, Any]]]
     """By table, the rows that belong to a flow run."""
     found: dict[str, list[dict[str, Any]]] = {}
     for table, column in TABLES.items():
-        owners = [task["id"] for task in found["task_run"]] if column == "task_run_id" else [run]
+        tasks = [task["id"] for task in found.get("task_run", [])]
+        owners = {
+            "task_run_id": tasks,
+            "resource_id": [f"prefect.flow-run.{run}", *(f"prefect.task-run.{task}" for task in tasks)],
+            "event_id": [event["id"] for event in found.get("events", [])],
+        }.get(column, [run])
         marks = ", ".join("?" * len(owners))
         found[table] = [dict(row) for row in db.execute(f"SELECT * FROM {table} WHERE {column} IN ({marks})", owners)]
     return found
 
 
-def copies(rows: dict[str, list[dict[str, Any]]], times: set[tuple[str, str]], count: int) -> Iterator[Any]:
-    """The rows of every copy, with ids of their own and an hour before the one they follow."""
+def copies(
+    rows: dict[str, list[dict[str, Any]]], times: set[tuple[str, str]], count: int, scheduled: dict[str, Any]
+) -> Iterator[Any]:
+    """The rows of every copy, with ids of their own and an hour before the one they follow. ``scheduled``: what of its
+    flow run says that a schedule made it."""
     for number in range(1, count + 1):
         ids = {row["id"]: str(uuid.uuid4()) for table in rows.values() for row in table}
+
+        def own(found: re.Match[str], ids: dict[str, str] = ids) -> str:
+            return ids.get(found[0], found[0])
+
         for table, entries in rows.items():
             for row in entries:
-                copy = {name: ids.get(value, value) for name, value in row.items()}
+                copy = {name: UUID.sub(own, value) if isinstance(value, str) else value for name, value in row.items()}
+                copy |= scheduled if table == "flow_run" else {}
                 for name in row:
                     if (table, name) in times and row[name]:
                         copy[name] = str(datetime.fromisoformat(row[name]) - timedelta(hours=number))
                 yield table, copy
 
 
-def multiply(database: Path, run: str, count: int) -> dict[str, int]:
+def multiply(database: Path, run: str, count: int, scheduled: dict[str, Any]) -> dict[str, int]:
     """Copy a finished flow run so many times; how many rows there are then, by table."""
     with closing(sqlite3.connect(database, timeout=120)) as db:
         db.row_factory = sqlite3.Row
         rows = rows_of(db, run)
+        assert all(rows.values()), "the server writes events down some seconds later"
         times = {
             (table, column["name"])
             for table in TABLES
@@ -131,15 +152,25 @@ def multiply(database: Path, run: str, count: int) -> dict[str, int]:
             if column["type"] == "DATETIME" and column["name"] != "total_run_time"
         }
         with db:
-            for table, row in copies(rows, times, count):
+            for table, row in copies(rows, times, count, scheduled):
                 columns = ", ".join(f'"{name}"' for name in row)
                 marks = ", ".join("?" * len(row))
                 db.execute(f"INSERT INTO {table} ({columns}) VALUES ({marks})", list(row.values()))
         return {table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in TABLES}
 
 
-def answer_times(url: str, run: str) -> dict[str, float]:
-    """Median milliseconds of calls: three of the spine's, four of Prefect's pages."""
+def deployed(url: str) -> dict[str, Any]:
+    """Put the deployments onto the server; what a flow run that a schedule of one made says of it."""
+    from flows.deploy import deploy_local
+
+    deploy_local()
+    found = httpx.get(f"{url}/deployments/name/{DEPLOYMENT}/{DEPLOYMENT}", timeout=60).raise_for_status().json()
+    said = {name: found[name] for name in ("flow_id", "work_queue_id", "work_queue_name")}
+    return {**said, "deployment_id": found["id"], "auto_scheduled": 1}
+
+
+def answer_times(url: str, run: str, deployment: str) -> dict[str, float]:
+    """Median milliseconds of calls: three of the spine's, two for what a schedule made, six of Prefect's pages."""
     newest = {"sort": "START_TIME_DESC", "limit": 50}
     with httpx.Client(base_url=url, timeout=60) as api:
         line = {"name": "prefect", "level": 20, "message": "a line", "flow_run_id": run}
@@ -150,6 +181,18 @@ def answer_times(url: str, run: str) -> dict[str, float]:
             "look at a run": ("GET", f"/flow_runs/{run}", None),
             "begin a task": ("POST", "/task_runs/", task),
             "write a line": ("POST", "/logs/", line),
+            "a worker's look": ("POST", f"/work_pools/{POOL}/get_scheduled_flow_runs", {}),
+            "a deployment's next runs": (
+                "POST",
+                "/deployments/get_scheduled_flow_runs",
+                {"deployment_ids": [deployment], "limit": 100},
+            ),
+            "list of deployments": ("POST", "/deployments/paginate", {"limit": 50}),
+            "a deployment's runs": (
+                "POST",
+                "/flow_runs/filter",
+                {"deployments": {"id": {"any_": [deployment]}}, **newest},
+            ),
             "list of runs": ("POST", "/flow_runs/filter", newest),
             "count of runs": ("POST", "/flow_runs/count", {}),
             "a run's log": ("POST", "/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200}),
@@ -183,9 +226,10 @@ def main() -> None:
         try:
             server.wait()
             times, run = rounds_of(Path(folder) / "root", arguments.rounds)
-            before = answer_times(server.url, run)
-            rows = multiply(Path(folder) / "prefect" / "prefect.db", run, arguments.history)
-            after = answer_times(server.url, run)
+            scheduled = deployed(server.url)
+            before = answer_times(server.url, run, scheduled["deployment_id"])
+            rows = multiply(Path(folder) / "prefect" / "prefect.db", run, arguments.history, scheduled)
+            after = answer_times(server.url, run, scheduled["deployment_id"])
         finally:
             server.stop()
     middle = {side: statistics.median(found) for side, found in times.items()}

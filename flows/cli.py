@@ -47,11 +47,21 @@ def read_config(path: Path, overrides: list[str] | None) -> RunConfig:
         raise UserError([str(error)]) from None
 
 
+def refuse_open_prefect() -> None:
+    """UserError where the environment names a server that runs code of whoever asks. Commands have a server of their
+    own, but other programs of the same shell use that one."""
+    from flows.doctor import open_prefect
+
+    if lack := open_prefect(os.environ.get("PREFECT_API_URL")):
+        raise UserError(lack)
+
+
 @contextmanager
 def prefect_server(root: str) -> Iterator[Any]:
     """The server of ``switchyard up`` where it runs, else one of this command's own. Yields a function that waits."""
     from flows.server import EmbeddedServer, environment
 
+    refuse_open_prefect()
     # The terminal has a display of its own; Prefect's pages get everything.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
     up = running_local()
@@ -108,6 +118,8 @@ def run(
             raise UserError([f"budget.approve_above: {what} need approval, and there is no terminal: pass --yes"])
         with console.status("starting Prefect's server"):
             ready()
+        server = os.environ["PREFECT_API_URL"].removesuffix("/api")
+        console.print(f"Prefect  {server}", highlight=False, soft_wrap=True)
         with terminal():
             state = start_flow(settings, root, from_, yes)
         result = ended(state, settings, root)
@@ -153,6 +165,10 @@ def ended(state: Any, settings: RunConfig, root: str) -> dict[str, Any]:
         done: dict[str, Any] = state.result()
         return done
     record = last_record(store, settings.name) if settings.recurring else load_record(store, run_id(settings))
+    if state.is_cancelled():
+        if record is None:
+            raise typer.Abort
+        record.state, record.message = "Cancelled", state.message
     if record is None:
         # Its own look at the plan found what had not stood in the way a moment ago.
         raise UserError([state.message])
@@ -253,12 +269,16 @@ def doctor(config: ConfigFile, root: Root = "runs/default", set_: Set = None, js
         os.environ.update({"PREFECT_API_URL": up.prefect_url, **up.ray_environment})
         settings = on_running_cluster(settings)
     with console.status("looking"):
-        checks = examine(settings, root)
+        checks, notes = examine(settings, root)
     console.print(checks_table(checks))
+    for note in notes:
+        console.print(f"note: {escape(note)}", highlight=False)
     problems = [line for lines in checks.values() for line in lines]
     if json_:
         print(
-            json.dumps({"checks": {name: not lines for name, lines in checks.items()}, "problems": problems}),
+            json.dumps(
+                {"checks": {name: not lines for name, lines in checks.items()}, "problems": problems, "notes": notes}
+            ),
             flush=True,
         )
     if problems:
@@ -269,6 +289,7 @@ def doctor(config: ConfigFile, root: Root = "runs/default", set_: Set = None, js
 @app.command()
 def up() -> None:
     """Start Prefect's server, a worker and a Ray head on loopback, unless they run; runs use them until ``down``."""
+    refuse_open_prefect()
     with console.status("starting Prefect's server, a worker and a Ray head"):
         local = Local.start()
     print(f"Prefect  {local.prefect_url.removesuffix('/api')}\nRay      {local.ray_address}")
@@ -306,12 +327,13 @@ def main() -> None:
         if hasattr(error, "format_message"):
             line, code = error.format_message(), 2
         else:
+            from flows.server import ServerFailed
             from infra.faults import fault_of
 
             fault = fault_of(error)
-            if fault is None:
+            if fault is None and not isinstance(error, ServerFailed):
                 raise
-            line, code = fault.line, 1
+            line, code = fault.line if fault else str(error), 1
         print(visible(f"error: {line}"), file=sys.stderr)
     if code == INTERRUPTED:
         print("interrupted; run the same command again to continue", file=sys.stderr)

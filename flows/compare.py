@@ -3,7 +3,7 @@
 from typing import Any
 
 from flows.record import RunRecord
-from infra.manifest import Manifest, read_rows
+from infra.manifest import Manifest, read_rows, read_table
 from infra.store import Store
 from tasks import value
 from tasks.accounts import teacher_queries
@@ -62,32 +62,34 @@ def choices(store: Store, record: RunRecord) -> list[dict[str, Any]]:
 
     from kernels.selection import SELECTED, choose
     from tasks.config.signals import Select
-    from tasks.select import draw, uncertainty
+    from tasks.select import DECIDING, deciding, uncertainty
 
     manifests = record.manifests(store)
     if "select" not in manifests:
         raise ValueError(f"run {record.run} has not selected prompts yet: its stage select is not done")
-    table = read_rows(store, manifests["select"], "signals")
     queries, seed = manifests["select"].settings["queries"], manifests["select"].settings["seed"]
-    sources, own = table["source"].to_pylist(), table["selected"].to_numpy(zero_copy_only=False)
-    ties = np.array([draw(seed, prompt_id) for prompt_id in table["prompt_id"].to_pylist()])
-    wrong = np.array([None if known is None else not known for known in table["correct"].to_pylist()], dtype=object)
-    tokens = tokens_by_source(store, manifests)
+    parts = read_table(store, manifests["select"], "signals", [*DECIDING, "selected"])
+    table, sources, ties = deciding(parts, seed)
+    own = table["selected"].to_numpy(zero_copy_only=False)
+    by_source = tokens_by_source(store, manifests)
     rows = []
     for way, settings in WAYS.items():
         order = np.lexsort((ties, -uncertainty(Select(**settings), table)))
         chosen = choose(order, sources, queries) == SELECTED
-        known = [value for value in wrong[chosen] if value is not None]
+        known = table["correct"].filter(chosen).drop_null()
+        counts = pc.value_counts(table["source"].filter(chosen)).to_pylist()
         rows.append(
             {
                 "signal": way,
                 "queries": int(chosen.sum()),
                 "shared": int((chosen & own).sum()),
-                "known_wrong": sum(known) if known else None,
+                "known_wrong": len(known) - pc.sum(known).as_py() if known else None,
                 "known": len(known),
                 "mean_unique_answers": pc.mean(table["unique_answers"].filter(chosen)).as_py(),
                 "mean_ta_student": pc.mean(table["ta_student"].filter(chosen)).as_py(),
-                "teacher_tokens": round(sum(tokens.get(sources[i], tokens[""]) for i in np.flatnonzero(chosen))),
+                "teacher_tokens": round(
+                    sum(by_source.get(entry["values"], by_source[""]) * entry["counts"] for entry in counts)
+                ),
             }
         )
     return rows
@@ -102,11 +104,12 @@ def tokens_by_source(store: Store, manifests: dict[str, Manifest]) -> dict[str, 
         samples = manifests.get(f"{prefix}review") or manifests.get(f"{prefix}annotate")
         scores = manifests.get(f"{prefix}keep")
         if samples and scores:
-            written = read_rows(store, samples, "samples", ["sample_id", "token_ids"])
+            sized = [
+                pa.table({"sample_id": part["sample_id"], "tokens": pa.compute.list_value_length(part["token_ids"])})
+                for part in read_table(store, samples, "samples", ["sample_id", "token_ids"])
+            ]
             named = read_rows(store, scores, "scores", ["sample_id", "source"])
-            lengths = pa.compute.list_value_length(written["token_ids"])
-            sized = pa.table({"sample_id": written["sample_id"], "tokens": lengths})
-            parts.append(sized.join(named, "sample_id"))
+            parts += [pa.concat_tables(sized).join(named, "sample_id")] if sized else []
     if not parts:
         return {"": 0.0}
     rows = pa.concat_tables(parts)

@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 
 import httpx
 
+from flows.capacity import cluster_capacity
 from flows.estimate import GIB, estimate
 from flows.gpus import gpus_at_once, gpus_here, gpus_taken
 from flows.preflight import Checks, preflight, problem, readable
@@ -29,11 +30,13 @@ SECONDS = 10.0
 # Ray's objects and the messages between a training step's processes lie there; containers get 64 MiB unless told.
 SHARED_GIB = 1.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CLOUD = "https://api.prefect.cloud/"
+PREFECT = ("PREFECT_API_URL", "/admin/version", "PREFECT_API_AUTH_STRING")
 
 
-def examine(config: RunConfig, root: str) -> Checks:
-    """Lacks by name of the check."""
-    address = config.resources.ray_address
+def examine(config: RunConfig, root: str) -> tuple[Checks, list[str]]:
+    """Lacks by name of the check; and what is to be known, though it may mend itself."""
+    address, notes = config.resources.ray_address, list[str]()
     checks = {"Prefect's server": prefect_server(os.environ.get("PREFECT_API_URL"))}
     if address:
         checks["Ray cluster"] = ray_cluster(address)
@@ -46,7 +49,11 @@ def examine(config: RunConfig, root: str) -> Checks:
         found["store keeps what stands"] = problem("--root", partial(conditional, root))
     checks |= found
     # The rest needs models and sources that can be read.
-    return checks if any(found.values()) else checks | preflight(config, root, estimate(config))
+    if not any(found.values()):
+        checks |= preflight(config, root, estimate(config))
+        if address and not checks["Ray cluster"]:
+            checks["cluster's capacity"], notes = room(config, address)
+    return checks, notes
 
 
 def compiler() -> list[str]:
@@ -93,22 +100,45 @@ def gpus(config: RunConfig, there: int) -> list[str]:
 
 
 def guarded(what: str, url: str, path: str, headers: dict[str, str], key: str) -> httpx.Response | str:
-    """The answer to who has the key; else the lack. So is a server that strangers get an answer from."""
+    """The answer to who has the key; else the lack. A server that strangers get an answer from is one."""
     base = url.rstrip("/")
     try:
         own = httpx.get(f"{base}{path}", headers=headers, timeout=SECONDS)
-        stranger = httpx.get(f"{base}{path}", timeout=SECONDS)
+        lets_in = let_in(what, url, path, key)
     except httpx.HTTPError as error:
         return f"{what}: {url} does not answer ({type(error).__name__}): start it, or correct the address"
     if own.status_code in (401, 403):
         refused = f"this {key}" if headers else f"requests without {key}"
         return f"{what}: {url} refuses {refused}: export {key} as it has it"
-    # Prefect's server shows its pages under any other address.
-    if own.status_code != 200 or "json" not in own.headers.get("Content-Type", ""):
+    if not answered(own):
         return f"{what}: {url} has no {path} ({own.status_code}): correct the address"
-    if stranger.status_code == 200 and urlparse(url).hostname not in LOOPBACK:
-        return f"{what}: {url} answers whoever asks: let it demand {key}"
-    return own
+    return lets_in or own
+
+
+def answered(reply: httpx.Response) -> bool:
+    """Whether it is the API's. Prefect's server shows its pages under any other address."""
+    return reply.status_code == 200 and "json" in reply.headers.get("Content-Type", "")
+
+
+def let_in(what: str, url: str, path: str, key: str) -> str | None:
+    """The lack, where a server beyond loopback gives strangers an answer. Raises httpx.HTTPError where it is silent."""
+    if urlparse(url).hostname in LOOPBACK or not answered(httpx.get(f"{url.rstrip('/')}{path}", timeout=SECONDS)):
+        return None
+    return f"{what}: {url} answers whoever asks: let it demand {key}"
+
+
+def open_prefect(url: str | None) -> list[str]:
+    """What keeps a run from using this server: whoever can start runs on it runs code. Others' calls find out whether
+    it is there at all."""
+    what, path, key = PREFECT
+    # Prefect's cloud asks for PREFECT_API_KEY by itself.
+    if not url or url.startswith(CLOUD):
+        return []
+    try:
+        lack = let_in(what, url, path, key)
+    except httpx.HTTPError:
+        return []
+    return [f"{lack}, or unset {what}"] if lack else []
 
 
 def prefect_server(url: str | None) -> list[str]:
@@ -120,19 +150,32 @@ def prefect_server(url: str | None) -> list[str]:
         headers["Authorization"] = f"Basic {b64encode(secret.encode()).decode()}"
     elif key := os.environ.get("PREFECT_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    answer = guarded("PREFECT_API_URL", url, "/admin/version", headers, "PREFECT_API_AUTH_STRING")
+    what, path, key = PREFECT
+    answer = guarded(what, url, path, headers, key)
     if isinstance(answer, str):
         return [answer]
-    return same("PREFECT_API_URL", "Prefect", str(answer.json()), version("prefect"), parts=2)
+    return same(what, "Prefect", str(answer.json()), version("prefect"), parts=2)
+
+
+def ray_headers() -> dict[str, str]:
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def ray_cluster(address: str) -> list[str]:
-    token = os.environ.get("RAY_AUTH_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    answer = guarded("resources.ray_address", address, "/api/version", headers, "RAY_AUTH_TOKEN")
+    answer = guarded("resources.ray_address", address, "/api/version", ray_headers(), "RAY_AUTH_TOKEN")
     if isinstance(answer, str):
         return [answer]
     return same("resources.ray_address", "Ray", answer.json()["ray_version"], version("ray"), parts=3)
+
+
+def room(config: RunConfig, address: str) -> tuple[list[str], list[str]]:
+    """What the cluster has too little of: lacks, or notes where an autoscaler may add nodes."""
+    try:
+        lacks, grows = cluster_capacity(config, address, ray_headers())
+    except httpx.HTTPError as error:
+        return [], [f"resources.ray_address: {address} did not say what its nodes have ({type(error).__name__})"]
+    return ([], [f"not there now, an autoscaler may add it; {line}" for line in lacks]) if grows else (lacks, [])
 
 
 def same(what: str, name: str, theirs: str, ours: str, parts: int) -> list[str]:

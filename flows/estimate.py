@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from flows.placement import placement_notes, placements
 from flows.story import on_gpu
 from tasks.config import RunConfig
 from tasks.config.models import FreshModel, OpenAIModel, PromotedModel, PrunedModel, StudentSource
@@ -51,6 +52,7 @@ class Estimate:
     teacher_money: str = ""  # at most
     memory_gib: float = 0.0
     disk_gib: float = 0.0
+    notes: list[str] = field(default_factory=list)  # where training's models lie
 
 
 def parameters(source: StudentSource | OpenAIModel) -> float:
@@ -196,9 +198,12 @@ def estimate(config: RunConfig) -> Estimate:
         if not isinstance(model.source, OpenAIModel)
     }
     engines = sum(serving.values())
-    beside = teacher if config.train.method.asks_teacher else 0
     between = sizes.get("mentor", 0.0)
-    training = max(16 * student + width * beside, 16 * between) / GIB + 2 * PROCESS_GIB
+    placed = placements(config, sizes)
+    result.notes = placement_notes(config, sizes, placed)
+    # Each worker holds its own, beside the stage's process.
+    worker = max(chosen.bytes for chosen in placed.values()) / GIB + PROCESS_GIB
+    training = config.resources.train_workers * worker + PROCESS_GIB
     result.memory_gib = SERVICES_GIB + (
         max(engines, training) if config.resources.release_engines else engines + training
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from flows.story import on_gpu
 from tasks.config import RunConfig
 from tasks.config.models import OpenAIModel
+from tasks.config.served import Served
 
 
 def gpus_here() -> int:
@@ -16,17 +17,18 @@ def gpus_here() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
+def engines_taken(config: RunConfig) -> list[Served]:
+    """What engines serve. Roles with the same model and settings share their engines."""
+    served = [model for model in config.served.values() if not isinstance(model.source, OpenAIModel)]
+    return list({repr((model.source, model.engine)): model for model in served}.values())
+
+
 def gpus_taken(config: RunConfig) -> tuple[int, int]:
-    """GPUs that engines take, and training workers; none on CPU. Roles with the same model and settings share their
-    engines."""
+    """GPUs that engines take, and training workers; none on CPU."""
     if not on_gpu(config):
         return 0, 0
-    engines = {
-        repr((model.source, model.engine)): model.engine.replicas * model.engine.tensor_parallel
-        for model in config.served.values()
-        if not isinstance(model.source, OpenAIModel)
-    }
-    return sum(engines.values()), config.resources.train_workers * config.resources.gpus_per_worker
+    engines = [model.engine.replicas * model.engine.tensor_parallel for model in engines_taken(config)]
+    return sum(engines), config.resources.train_workers * config.resources.gpus_per_worker
 
 
 def gpus_at_once(config: RunConfig) -> int:

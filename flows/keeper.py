@@ -139,7 +139,7 @@ def trace(
 ) -> None:
     """Where a training row comes from: its prompt, its samples, scores, seeds and models."""
     from flows.tables import trace_table
-    from flows.upkeep import trace as follow
+    from flows.trace import trace as follow
 
     store, record = opened(root, run)
     try:
@@ -184,13 +184,16 @@ def gc(
     """List stage results that no run and no promotion leads to, and remove them once confirmed."""
     from rich.progress import track
 
-    from flows.upkeep import garbage
+    from flows.upkeep import Garbage, garbage
+
+    def look() -> Garbage:
+        try:
+            return garbage(store)
+        except ValueError as error:
+            raise UserError([str(error)]) from None
 
     store = open_store(root)
-    try:
-        found = garbage(store)
-    except ValueError as error:
-        raise UserError([str(error)]) from None
+    found = look()
     for folder, paths in found.folders.items():
         print(visible(f"{folder}: {len(paths)} objects"))
     console.print(f"{len(found.paths)} objects in {len(found.folders)} results lead nowhere; {found.kept} are kept")
@@ -199,8 +202,7 @@ def gc(
     if not yes and not (sys.stdin.isatty() and typer.confirm("remove them?")):
         console.print("nothing removed; --yes removes without asking")
         return
-    # A manifest goes first: what follows it is then an unfinished stage, never a broken one.
-    for path in track(
-        sorted(found.paths, key=lambda path: not path.endswith("/manifest.json")), "removing", console=console
-    ):
+    # While somebody made up their mind, a run may have come to need some of it.
+    still = set(look().paths)
+    for path in track([path for path in found.paths if path in still], "removing", console=console):
         store.delete(path)

@@ -13,10 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
+import httpx
 import psutil
 from pydantic import BaseModel, ValidationError
 
-from flows.server import answers, environment, server_command, server_environment
+from flows.server import ServerFailed, answers, environment, server_command, server_environment
 from infra.cluster import QUIET, free_port, head_command, token_environment
 from infra.process import detached, end, marked
 from tasks.config import RunConfig
@@ -79,7 +80,11 @@ class Local(BaseModel):
         from flows.deploy import deploy_local
 
         # The worker's pool comes first: it would make one of its own.
-        deploy_local()
+        try:
+            deploy_local()
+        except httpx.HTTPError as error:
+            said = str(error).partition("\n")[0]
+            raise ServerFailed(f"Prefect's server took no deployments ({said}): run switchyard up again") from error
         if not self._at_work("prefect", "worker", "start"):
             worker = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
             detached(worker, base / "worker.log", client, self.token)
@@ -103,7 +108,7 @@ class Local(BaseModel):
         assert callable(ready)
         while not ready():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{what} did not answer within {START_SECONDS:.0f} s; see {log}")
+                raise ServerFailed(f"{what} did not answer within {START_SECONDS:.0f} s: see {log}")
             time.sleep(0.3)
 
     def stop(self) -> None:

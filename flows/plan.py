@@ -149,7 +149,7 @@ def plan_run(config: RunConfig, root: str) -> Plan:
             )
         )
     plan.teacher_queries, plan.teacher_tokens = needs.teacher_queries, needs.teacher_tokens
-    plan.teacher_money, plan.notes = needs.teacher_money, notes(config)
+    plan.teacher_money, plan.notes = needs.teacher_money, [*notes(config), *needs.notes]
     plan.memory_gib, plan.disk_gib = needs.memory_gib, needs.disk_gib
     if not all(stage.done for stage in plan.stages):
         plan.take(preflight(config, root, needs))

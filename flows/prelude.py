@@ -6,14 +6,17 @@ from typing import Any
 from prefect import State, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed
 from pydantic import ValidationError
 
 from flows.artifacts import duration, shown
+from flows.doctor import open_prefect
 from flows.ends import StageRefused
 from flows.local import on_running_cluster
 from flows.plan import Plan, plan_run
 from flows.preflight import measurable
+from flows.watch import check_cancelled
 from tasks.config import RunConfig
 from tasks.config.evaluation import Evaluation
 from tasks.config.preset import Preset, kind
@@ -31,6 +34,7 @@ def measured(config: Any, root: str) -> Evaluation:
 
 
 def settled(state: State[Any]) -> Any:
+    check_cancelled()
     if not state.is_completed():
         raise StageRefused(state.message)
     return state.result()
@@ -38,6 +42,8 @@ def settled(state: State[Any]) -> Any:
 
 @task(name="plan", task_run_name="plan", cache_policy=NO_CACHE, persist_result=False)
 def look_at_run(config: Any, root: str, redo_from: str | None) -> Any:
+    if lack := open_prefect(PREFECT_API_URL.value()):
+        return refused(lack)
     try:
         preset = Preset.model_validate(config) if kind(config) == "preset" else None
         settings = preset.settings() if preset else RunConfig.model_validate(config)
@@ -55,6 +61,8 @@ def look_at_run(config: Any, root: str, redo_from: str | None) -> Any:
 
 @task(name="plan", task_run_name="plan", cache_policy=NO_CACHE, persist_result=False)
 def look_at_evaluation(config: Any, root: str) -> Any:
+    if lack := open_prefect(PREFECT_API_URL.value()):
+        return refused(lack)
     try:
         chosen = Evaluation.model_validate(config)
     except ValidationError as error:

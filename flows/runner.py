@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import Pause, TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
@@ -51,10 +51,10 @@ class Runner(Pipeline):
     def __init__(self, config: RunConfig, root: str, record: RunRecord) -> None:
         super().__init__(config, root, record.run, record.redo)
         self.record = record
-        self.cluster = Cluster(config.resources.ray_address)
+        self.cluster = Cluster(config.resources.ray_address, waiting=self._look)
         self.room: Job | None = None
         self.slots: ExitStack | None = None
-        self.began = time.monotonic()
+        self.began = self._looked = time.monotonic()
         self._ended: BaseException | None = None
         self._closed = threading.Event()
 
@@ -91,7 +91,7 @@ class Runner(Pipeline):
 
     def _close(self, error: BaseException | None) -> None:
         """Leave the record, and nothing that runs."""
-        cancelled = isinstance(error, StageCancelled | KeyboardInterrupt | SystemExit | TerminationSignal)
+        cancelled = isinstance(error, StageCancelled | Pause | KeyboardInterrupt | SystemExit | TerminationSignal)
         well = error is None or isinstance(error, NothingToDo)
         self.record.state = "Completed" if well else "Cancelled" if cancelled else "Failed"
         self.record.message = "" if error is None else " ".join(str(error).split())[:1000]
@@ -150,7 +150,7 @@ class Runner(Pipeline):
         except StageFailed as failed:
             self._ended = failed
             return Failed(message=str(failed))
-        except (StageCancelled, TerminationSignal) as cancelled:
+        except (StageCancelled, Pause, TerminationSignal) as cancelled:
             # A worker ends its flows by signal; what it means by that, Prefect knows outside of the task.
             self._ended = cancelled
             return Cancelled(message=str(cancelled) or "its flow was ended")
@@ -191,7 +191,9 @@ class Runner(Pipeline):
 
     def _attempt(self, spec: StageSpec, entry: StageRecord) -> bool:
         """Run the stage's job once. True: its manifest stands. False: it died and may be tried again."""
+        check_cancelled()
         self._open_room()
+        check_cancelled()
         entry.attempts += 1
         spec_path = f"{spec.folder}/spec.json"
         self.store.write(spec_path, spec.model_dump_json(indent=1).encode())
@@ -234,23 +236,26 @@ class Runner(Pipeline):
     def _watch(self, job: Job, watch: StageWatch) -> None:
         """Follow the job to its end, which past the deadline is set to it. Raises StageCancelled, or StageFailed."""
         deadline = time.monotonic() + 60 * self.config.resources.stage_deadline_minutes
-        state_at = time.monotonic()
         while self._status(job) not in FINAL:
             watch.take(job.lines())
-            now = time.monotonic()
-            if now > deadline:
+            if time.monotonic() > deadline:
                 late = f"past resources.stage_deadline_minutes {self.config.resources.stage_deadline_minutes:g}"
                 if not self.config.resources.retry_late_stages:
                     raise StageFailed(f"{watch.stage}: {late}")
                 watch.fault = late
                 stop_jobs(self.cluster, [job.id])
                 break
-            if now - state_at > STATE_SECONDS:
-                state_at = now
-                check_cancelled()
+            if self._look():
                 self._open_room()
             time.sleep(POLL_SECONDS)
         watch.take(job.rest())
+
+    def _look(self) -> bool:
+        """Whether it was time to see if somebody cancels the run; StageCancelled where they do."""
+        if due := time.monotonic() - self._looked > STATE_SECONDS:
+            self._looked = time.monotonic()
+            check_cancelled()
+        return due
 
     def _status(self, job: Job) -> str:
         """The job's state, waited for: it goes on, or is begun again, once its cluster answers."""

@@ -12,6 +12,7 @@ from infra.cluster import free_port
 from infra.process import Guarded
 
 START_SECONDS = 180.0
+STARTS = 3
 LOOK_SECONDS = 1.0
 
 
@@ -49,6 +50,10 @@ def answers(url: str) -> bool:
         return False
 
 
+class ServerFailed(RuntimeError):
+    """A server that a command needs does not come up, or is too busy; one line."""
+
+
 class EmbeddedServer:
     """A server of one run: SQLite below ``home``. ``start`` returns at once; ``wait`` when it answers. From then on one
     that dies is started again at the same address: Prefect's client repeats what it could not say."""
@@ -76,13 +81,20 @@ class EmbeddedServer:
                 self._spawn()
 
     def wait(self) -> None:
+        """Return when it answers. ServerFailed where it ends in all its starts, or is too slow."""
         assert self._process is not None
-        deadline = time.monotonic() + START_SECONDS
+        deadline, starts = time.monotonic() + START_SECONDS, 1
         while not answers(self.url):
+            if not self._process.alive and starts == STARTS:
+                said = " ".join(self._process.tail().split())
+                raise ServerFailed(f"Prefect's server ended in {STARTS} starts ({said}): see {self._process.log}")
             if not self._process.alive:
-                raise RuntimeError(f"Prefect's server ended while starting: {self._process.tail()}")
+                starts += 1
+                self._spawn()
             if time.monotonic() > deadline:
-                raise RuntimeError(f"Prefect's server did not answer within {START_SECONDS:.0f} s: {self._process.log}")
+                raise ServerFailed(
+                    f"Prefect's server did not answer within {START_SECONDS:.0f} s: see {self._process.log}"
+                )
             time.sleep(0.2)
         if not self._reviver.is_alive():
             self._reviver.start()

@@ -7,6 +7,7 @@ settings and inputs alone, the whole chain is known before anything runs.
 from abc import ABC, abstractmethod
 from typing import Any
 
+from flows.commit import commit
 from infra.store import Store, open_store
 from tasks.config import RunConfig
 from tasks.config.models import OpenAIModel
@@ -98,7 +99,9 @@ def runtime(config: RunConfig, run: str) -> Runtime:
         workers=config.resources.train_workers,
         min_workers=config.resources.min_train_workers,
         gpus_per_worker=config.resources.gpus_per_worker if gpu else 0,
+        placement=config.resources.placement,
         release_engines=config.resources.release_engines,
+        commit=commit(),
         operational=config.model_dump(mode="json", include=OPERATIONAL),
         spending={
             "caps": {

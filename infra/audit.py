@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.manifest import Manifest, Part, Table, brief, record_path
+from infra.manifest import File, Manifest, Part, Table, brief, difference, record_path
 from infra.store import Store
 
 
@@ -33,26 +33,33 @@ def damages(store: Store, manifest: Manifest) -> Iterator[Damage]:
                 yield Damage(what, part.path, record_path(manifest.folder, name, part.shard))
     for files in manifest.files.values():
         for file in files:
-            what = changed(store, file.path, file.bytes, file.sha256)[0]
+            what = file_damage(store, file)
             if what:
                 yield Damage(what, file.path)
 
 
-def changed(store: Store, path: str, size: int, digest: str) -> tuple[str, bytes]:
-    """(What is wrong with an object, or nothing; its bytes)."""
+def file_damage(store: Store, file: File) -> str:
+    """What is wrong with a file, or nothing. It may be larger than memory."""
     try:
-        data = store.read(path)
+        return changed(file, *store.digest(file.path))
     except FileNotFoundError:
-        return "is missing", b""
-    if len(data) != size:
-        return f"has {len(data):,} bytes instead of {size:,}", data
-    return ("" if hashlib.sha256(data).hexdigest() == digest else "has other bytes than were committed"), data
+        return "is missing"
+
+
+def changed(object_: File | Part, size: int, sha256: str) -> str:
+    """In what an object's bytes are not what was committed, or nothing."""
+    if size != object_.bytes:
+        return f"has {size:,} bytes instead of {object_.bytes:,}"
+    return "" if sha256 == object_.sha256 else "has other bytes than were committed"
 
 
 def part_damage(store: Store, table: Table, part: Part) -> str:
     """What is wrong with a part, or nothing."""
-    what, data = changed(store, part.path, part.bytes, part.sha256)
-    if what:
+    try:
+        data = store.read(part.path)
+    except FileNotFoundError:
+        return "is missing"
+    if what := changed(part, len(data), hashlib.sha256(data).hexdigest()):
         return what
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
@@ -60,9 +67,8 @@ def part_damage(store: Store, table: Table, part: Part) -> str:
         return f"is no Parquet ({brief(error)})"
     if file.metadata.num_rows != part.rows:
         return f"holds {file.metadata.num_rows:,} rows instead of {part.rows:,}"
-    if not file.schema_arrow.equals(table.arrow_schema):
-        return "has another schema than its table"
-    return ""
+    differs = difference(file.schema_arrow, table.arrow_schema)
+    return f"has another schema than its table ({differs})" if differs else ""
 
 
 def forget(store: Store, manifest: Manifest, found: list[Damage]) -> None:

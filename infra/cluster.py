@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,11 @@ def head_command(dashboard_port: int, folder: Path, gcs_port: int) -> list[str]:
 
 
 class Cluster:
-    """Jobs on a Ray cluster. Without an address a head is started here, on first use, and ended by ``close``."""
+    """Jobs on a Ray cluster. Without an address a head is started here, on first use, and ended by ``close``.
+    ``waiting`` is called again and again while it is not ready; what it raises ends the wait."""
 
-    def __init__(self, address: str | None = None) -> None:
-        self.address = address
+    def __init__(self, address: str | None = None, waiting: Callable[[], Any] = lambda: None) -> None:
+        self.address, self.waiting = address, waiting
         self.own = address is None
         self._head: Guarded | None = None
         self._folder: Path | None = None
@@ -137,6 +138,7 @@ class Cluster:
                     raise RuntimeError(f"Ray head ended while starting: {self._head.tail()}") from None
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"no Ray job server at {self.address}: {error}") from None
+                self.waiting()
                 time.sleep(0.3)
 
     def close(self) -> None:
@@ -236,6 +238,7 @@ def submit(cluster: Cluster, job_id: str, command: str, environment: dict[str, s
                 break
             if not any(text in str(error) for text in UNREADY) or time.monotonic() > deadline:
                 raise
+            cluster.waiting()
             time.sleep(0.3)
     info = client.get_job_info(job_id)
     if info.metadata != metadata or str(info.status.value) in FINAL:

@@ -18,13 +18,14 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic_core import to_json
 
 from infra.store import Store, StorePath
 
@@ -44,6 +45,8 @@ Model = TypeVar("Model", bound=BaseModel)
 class Part(BaseModel):
     """One committed Parquet file of a table."""
 
+    # Of the table that the part was found in, for its readers to check; None where it was found by its record.
+    _schema: pa.Schema | None = PrivateAttr(None)
     shard: int = Field(ge=0)
     path: StorePath
     rows: int = Field(ge=0)
@@ -66,11 +69,22 @@ class Table(BaseModel):
             raise ValueError(f"no schema: {error}") from None
         return value
 
+    @model_validator(mode="after")
+    def _tell_its_parts(self) -> Self:
+        for part in self.parts:
+            part._schema = self.arrow_schema
+        return self
+
     @property
     def rows(self) -> int:
         return sum(part.rows for part in self.parts)
 
-    @property
+    @cached_property
+    def by_shard(self) -> dict[int, Part]:
+        """Its parts by the shard they are of."""
+        return {part.shard: part for part in self.parts}
+
+    @cached_property
     def arrow_schema(self) -> pa.Schema:
         return pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(self.schema_hex)))
 
@@ -135,8 +149,8 @@ class DamagedError(ValueError):
 
 def sealed(record: BaseModel) -> bytes:
     """A small object as it is stored: JSON that begins with a hash of all that follows."""
-    body = record.model_dump_json(indent=1).encode()[1:]
-    return b'{\n "sha256": "%s",%s' % (hashlib.sha256(body).hexdigest().encode(), body)
+    body = memoryview(to_json(record, indent=1))[1:]
+    return b"".join((b'{\n "sha256": "', hashlib.sha256(body).hexdigest().encode(), b'",', body))
 
 
 def parsed(store: Store, path: str, data: bytes, kind: type[Model]) -> Model:
@@ -186,6 +200,21 @@ def commit_manifest(store: Store, manifest: Manifest) -> Manifest:
     return load_manifest(store, manifest.path)
 
 
+def difference(schema: pa.Schema, wanted: pa.Schema) -> str:
+    """In what a schema is not the one that is wanted, in words; empty where it is. Metadata does not count."""
+    if schema.equals(wanted):
+        return ""
+    found, right = ({field.name: field for field in side} for side in (schema, wanted))
+    for name in [*right, *found]:
+        if name not in found:
+            return f"no column {name!r}"
+        if name not in right:
+            return f"a column {name!r} too many"
+        if not found[name].equals(right[name]):
+            return f"column {name!r} {found[name].type} instead of {right[name].type}"
+    return "columns in another order"
+
+
 def record_path(folder: str, table: str, shard: int) -> str:
     return f"{folder}/{table}/{shard:05d}.json"
 
@@ -231,18 +260,39 @@ class Committer:
     def __init__(self, store: Store, folder: str) -> None:
         self.store, self.folder = store, folder
         self._thread = ThreadPoolExecutor(1, "commit")
-        self._stored: Future[Part] | None = None
+        self._stored: tuple[str, Future[Part]] | None = None
+        self._recorded: dict[str, dict[int, Part]] = {}
+        self._schemas: dict[str, pa.Schema] = {}
+
+    def _check(self, table: str, schema: pa.Schema) -> None:
+        """ValueError where another part of the table has another schema."""
+        differs = difference(self._schemas.setdefault(table, schema), schema)
+        if differs:
+            raise ValueError(f"table {table} of {self.folder}: its parts differ: {differs}; give them one schema")
 
     def commit(self, table: str, shard: int, rows: pa.Table) -> None:
+        self._check(table, rows.schema)
         data = encode_part(rows)
         self.wait()
-        self._stored = self._thread.submit(record_part, self.store, self.folder, table, shard, rows.num_rows, data)
+        stored = self._thread.submit(record_part, self.store, self.folder, table, shard, rows.num_rows, data)
+        self._stored = table, stored
 
     def wait(self) -> None:
         """Return when everything is recorded."""
-        stored, self._stored = self._stored, None
-        if stored:
-            stored.result()
+        pending, self._stored = self._stored, None
+        if pending:
+            table, stored = pending
+            part = stored.result()
+            self._recorded.setdefault(table, {})[part.shard] = part
+
+    def close(self, table: str, schema: pa.Schema) -> Table:
+        """The table of all recorded parts: the records of earlier attempts are read, those of this one are known.
+
+        ValueError where a part that was committed here has another schema. One of an earlier attempt its readers find.
+        """
+        self.wait()
+        self._check(table, schema)
+        return close_table(self.store, self.folder, table, schema, self._recorded.pop(table, {}))
 
 
 def read_record(store: Store, path: str) -> Part:
@@ -254,21 +304,27 @@ def read_record(store: Store, path: str) -> Part:
     return part
 
 
-def committed_parts(store: Store, folder: str, table: str) -> dict[int, Part]:
-    """Recorded parts of a table by shard."""
-    records = [path for path in store.list(f"{folder}/{table}") if path.endswith(".json")]
+def committed_parts(store: Store, folder: str, table: str, known: dict[int, Part] | None = None) -> dict[int, Part]:
+    """Recorded parts of a table by shard; the records of ``known`` ones are not read again."""
+    parts = dict(known or {})
+    seen = {record_path(folder, table, shard) for shard in parts}
+    records = [path for path in store.list(f"{folder}/{table}") if path.endswith(".json") and path not in seen]
     # One request each: tables of many parts would wait for one after the other.
     with ThreadPoolExecutor(READERS) as pool:
-        batches = (records[start : start + BATCH] for start in range(0, len(records), BATCH))
-        return {part.shard: part for batch in batches for part in pool.map(partial(read_record, store), batch)}
+        for start in range(0, len(records), BATCH):
+            batch = pool.map(partial(read_record, store), records[start : start + BATCH])
+            parts.update((part.shard, part) for part in batch)
+    return parts
 
 
-def close_table(store: Store, folder: str, table: str, schema: pa.Schema) -> Table:
-    """The table of all recorded parts, once every shard is recorded.
+def close_table(
+    store: Store, folder: str, table: str, schema: pa.Schema, known: dict[int, Part] | None = None
+) -> Table:
+    """The table of all recorded parts, once every shard is recorded; the records of ``known`` ones are not read again.
 
     Parts that a crash or a lost race left unrecorded are removed: readers of ``*.parquet`` would count rows twice.
     """
-    parts = committed_parts(store, folder, table).values()
+    parts = committed_parts(store, folder, table, known).values()
     recorded = {part.path for part in parts}
     for path in list(store.list(f"{folder}/{table}")):
         if path.endswith(".parquet") and path not in recorded:
@@ -288,11 +344,20 @@ def part_bytes(store: Store, part: Part) -> bytes:
 
 
 def decode_part(store: Store, part: Part, data: bytes, columns: list[str] | None = None) -> pa.Table:
-    """The rows in a part's bytes; DamagedError where there are none."""
+    """The rows in a part's bytes; DamagedError where there are none, or they are not of its table; ValueError for a
+    column that it has not."""
     try:
-        return pq.read_table(pa.BufferReader(data), columns=columns)
+        file = pq.ParquetFile(pa.BufferReader(data))
+        schema = file.schema_arrow
+        differs = difference(schema, part._schema) if part._schema is not None else ""
+        unknown = set(columns or ()) - set(schema.names)
+        if not differs and not unknown:
+            return file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise DamagedError(store.location(part.path), part.path, f"is no Parquet ({brief(error)})") from None
+    if differs:
+        raise DamagedError(store.location(part.path), part.path, f"has another schema than its table ({differs})")
+    raise ValueError(f"{store.location(part.path)} has no column {', '.join(sorted(unknown))}; redo the stage")
 
 
 def read_part(store: Store, part: Part, columns: list[str] | None = None) -> pa.Table:

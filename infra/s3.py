@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
-from infra.store import Bytes, Store, check_path
+from infra.store import Bytes, Store, check_path, digest_of
 
 Answer = TypeVar("Answer")
 # How often an answer whose body breaks off is asked for again.
@@ -37,16 +37,21 @@ def ask(call: Callable[..., Answer], *arguments: Any, **named: Any) -> Answer:
     raise AssertionError("unreachable: the last try returns or raises")
 
 
-def get_bytes(client: Any, **arguments: Any) -> bytes:
-    """The body of ``get_object``, whole."""
+def received(client: Any, take: Callable[[Any], Answer], **arguments: Any) -> Answer:
+    """What is taken of the body of ``get_object``, from its beginning again where it breaks off."""
     for left in reversed(range(TRIES)):
         body = ask(client.get_object, **arguments)["Body"]
         try:
-            return bytes(body.read())
+            return take(body)
         except (BotoCoreError, HTTPError):
             if not left:
                 raise
     raise AssertionError("unreachable: the last try returns or raises")
+
+
+def get_bytes(client: Any, **arguments: Any) -> bytes:
+    """The body of ``get_object``, whole."""
+    return received(client, lambda body: bytes(body.read()), **arguments)
 
 
 def status_of(error: ClientError) -> int:
@@ -95,8 +100,14 @@ class S3Store(Store):
         return f"{self.prefix}/{check_path(path)}".lstrip("/")
 
     def read(self, path: str) -> bytes:
+        return self._received(path, lambda body: bytes(body.read()))
+
+    def digest(self, path: str) -> tuple[int, str]:
+        return self._received(path, digest_of)
+
+    def _received(self, path: str, take: Callable[[Any], Answer]) -> Answer:
         try:
-            return get_bytes(self.client, Bucket=self.bucket, Key=self._key(path))
+            return received(self.client, take, Bucket=self.bucket, Key=self._key(path))
         except self.client.exceptions.NoSuchKey:
             raise FileNotFoundError(f"no object {self.location(path)}") from None
 

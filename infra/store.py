@@ -9,6 +9,7 @@ Paths are relative to the store's root, use ``/``, and cannot leave the root.
 """
 
 import fcntl
+import hashlib
 import os
 import shutil
 import uuid
@@ -17,13 +18,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 from urllib.parse import urlparse
 
 from pydantic import AfterValidator
 
 # What has bytes to write: ``bytes``, or an Arrow buffer, which is not copied.
 Bytes = Any
+# What is read of an object at once where not all of it is needed.
+PIECE_BYTES = 1 << 20
 
 
 def check_path(path: str) -> str:
@@ -46,6 +49,10 @@ class Store(ABC):
     @abstractmethod
     def read(self, path: str) -> bytes:
         """The object's bytes; FileNotFoundError where there is none."""
+
+    @abstractmethod
+    def digest(self, path: str) -> tuple[int, str]:
+        """The object's size in bytes and its SHA-256, read piece by piece; FileNotFoundError where there is none."""
 
     @abstractmethod
     def write(self, path: str, data: Bytes) -> None:
@@ -105,6 +112,10 @@ class LocalStore(Store):
 
     def read(self, path: str) -> bytes:
         return self._at(path).read_bytes()
+
+    def digest(self, path: str) -> tuple[int, str]:
+        with self._at(path).open("rb") as stream:
+            return digest_of(stream)
 
     @contextmanager
     def _staged(self, target: Path) -> Iterator[Path]:
@@ -181,6 +192,15 @@ class LocalStore(Store):
 
     def localise(self, prefix: str, without: str = "") -> Path:
         return self._at(prefix)
+
+
+def digest_of(stream: BinaryIO) -> tuple[int, str]:
+    """Size in bytes and SHA-256 of all that a stream still has."""
+    found, size = hashlib.sha256(), 0
+    while piece := stream.read(PIECE_BYTES):
+        found.update(piece)
+        size += len(piece)
+    return size, found.hexdigest()
 
 
 def write_synced(file: Path, data: Bytes) -> None:

@@ -68,7 +68,7 @@ def ask(
 
 def answers_of(stage: Stage[Any], shard: int) -> dict[str, dict[str, Any]]:
     """A shard's answers by prompt id."""
-    part = next(part for part in stage.manifest.tables[TABLE].parts if part.shard == shard)
+    part = stage.manifest.tables[TABLE].by_shard[shard]
     return {row["prompt_id"]: row for row in read_part(stage.store, part).to_pylist()}
 
 

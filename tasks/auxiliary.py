@@ -38,8 +38,8 @@ def keep(stage: Stage[AuxiliarySettings]) -> None:
     """Commit every target with its reason, and the rows to train on."""
     settings, tables = stage.settings, stage.manifest.tables
     readable = InStudentTokens(stage, settings.template_args)
-    parts = {part.shard: part for part in tables["samples"].parts}
-    distributions = {part.shard: part for part in tables["distributions"].parts} if settings.distributions else {}
+    parts = tables["samples"].by_shard
+    distributions = tables["distributions"].by_shard if settings.distributions else {}
     for shard, prompts in slices(stage, "prompts", settings.table, settings.shard_size, settings.limit):
         asked = {row["prompt_id"]: row for row in worded(prompts.to_pylist(), settings.template)}
         stored = read_part(stage.store, distributions[shard]).to_pylist() if distributions else []

@@ -23,10 +23,9 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 from tasks.calls import Call
 from tasks.isolate import joined, part, size
 
-# Requests queued at one replica: one runs, one waits, so that the store's latency is never the engine's.
-IN_FLIGHT = 2
-# Shards for each replica that are taken from the stage before they are sent, to see the end in time. What waits at a
-# replica cannot be taken back: Ray's cancel of a queued call hides its result, the actor still does the work.
+# Shards for each replica that are taken from the stage before they are sent, to see the end in time. None waits at the
+# replica itself: what does cannot be taken back, and is done there even when the stage that sent it is dead, so that a
+# kill would cost two shards. Ray's cancel of a queued call hides its result only.
 AHEAD = 2
 # How often one shard is tried whole, before the requests that its engine dies of are looked for.
 SHARD_TRIES = 2
@@ -97,14 +96,14 @@ class Piece:
 
 @dataclass(eq=False)
 class Replica:
-    """One engine: what was sent to it, in order, and whether it takes more."""
+    """One engine: what it works on, and whether it takes more."""
 
     actor: Any
-    sent: list[Any] = field(default_factory=list)
-    since: float = 0.0  # when it last ended a call, or was given its first
+    sent: Any = None
+    since: float = 0.0  # when it was given that
     pace: float = 0.0  # requests a second, of its last call
     up: bool = False
-    condemned: bool = False  # it raised: it is ended once nothing runs on it
+    condemned: bool = False  # it raised, and is ended
     life: str = ""
     over: str = ""  # the life that was ended
     coming: Any = None  # reference of its answer that it is there
@@ -137,20 +136,16 @@ class Dispatch:
             yield from self._ended(self._next())
 
     def _send(self) -> None:
-        """Give calls to whoever is free, to those without work first."""
-        while True:
+        """Give calls to all who are free."""
+        for replica in self.replicas:
             if self.shares:
                 self._look_ahead()
-            most = 1 if self.shares and self.over else IN_FLIGHT
-            free = [replica for replica in self.replicas if replica.up and len(replica.sent) < most]
-            replica = min(free, key=lambda replica: len(replica.sent), default=None)
-            if replica is None or (piece := self._piece(replica)) is None:
+            if not replica.up or replica.sent is not None:
+                continue
+            if (piece := self._piece(replica)) is None:
                 break
-            if not replica.sent:
-                replica.since = time.monotonic()
-            reference = piece.call.on(replica.actor)
-            replica.sent.append(reference)
-            self.running[reference] = piece, replica
+            replica.sent, replica.since = piece.call.on(replica.actor), time.monotonic()
+            self.running[replica.sent] = piece, replica
 
     def _piece(self, replica: Replica) -> Piece | None:
         """What this replica is sent next; None where nothing may be."""
@@ -217,8 +212,8 @@ class Dispatch:
     def _end_silent(self, now: float) -> None:
         """End replicas that neither finish a call nor load in their time, however busy the others are."""
         for replica in self.replicas:
-            waited = [*replica.sent[:1], *filter(None, [replica.coming])][:1]
-            began = replica.since if replica.sent else replica.asked
+            waited = [reference for reference in (replica.sent, replica.coming) if reference is not None][:1]
+            began = replica.asked if replica.sent is None else replica.since
             # What ended while nobody looked, as during a long commit, is no silence.
             late = waited and now - began > self.engines.deadline_seconds
             if late and not ray.wait(waited, timeout=0)[0]:
@@ -233,31 +228,27 @@ class Dispatch:
             self._came(next(replica for replica in self.replicas if replica.coming == reference))
             return
         piece, replica = self.running[reference]
-        seconds, replica.since = time.monotonic() - replica.since, time.monotonic()
+        seconds = time.monotonic() - replica.since
+        del self.running[reference]
+        replica.sent = None
         try:
             result = ray.get(reference)
         except RayTaskError as error:
             refuse_mistakes(error)
             replica.up, replica.condemned = False, True
-            yield from self._blame(self._taken(reference), replica, error)
+            yield from self._blame(piece, replica, error)
         except GONE as error:
-            replica.up = replica.condemned = False
-            yield from self._died(replica, error)
+            replica.up = False
+            yield from self._blame(piece, replica, error)
         else:
             if not self.over and seconds:
                 replica.pace = piece.size / seconds
                 self.pace += (replica.pace - self.pace) / min(len(self.replicas), 16) if self.pace else replica.pace
-            yield from self._done(self._taken(reference), result)
-        if replica.condemned and not replica.sent:
+            yield from self._done(piece, result)
+        if replica.condemned:
             replica.condemned, replica.over = False, replica.life
             with suppress(RayActorError):
                 ray.kill(replica.actor, no_restart=False)
-
-    def _taken(self, reference: Any) -> Piece:
-        """The piece of a call that is over."""
-        piece, replica = self.running.pop(reference)
-        replica.sent.remove(reference)
-        return piece
 
     def _done(self, piece: Piece, result: Any) -> Iterator[tuple[Any, Any]]:
         job = piece.job
@@ -266,26 +257,6 @@ class Dispatch:
         if not job.left:
             parts = sorted(job.results, key=lambda found: found[0])
             yield job.key, joined(parts) if len(parts) > 1 else result
-
-    def _died(self, replica: Replica, error: Exception) -> Iterator[tuple[Any, Any]]:
-        """What was sent to a replica that is gone: results that came are kept, the call that ran is to blame for its
-        end, and those behind it are just sent again."""
-        blamed: Piece | None = None
-        for reference in list(replica.sent):
-            ready, _ = ray.wait([reference], timeout=0)
-            try:
-                result = ray.get(ready[0]) if ready else None
-            except (RayActorError, RayTaskError, ObjectLostError):
-                ready = []
-            piece = self._taken(reference)
-            if ready:
-                yield from self._done(piece, result)
-            elif blamed is None:
-                blamed = piece
-            else:
-                self._again(piece)
-        if blamed:
-            yield from self._blame(blamed, replica, error)
 
     def _blame(self, piece: Piece, replica: Replica, error: Exception) -> Iterator[tuple[Any, Any]]:
         """A call whose engine died, or raised and is ended since nobody has checked the state it is left in: made again

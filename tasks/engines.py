@@ -53,7 +53,10 @@ class EnginePool:
         result: see ``tasks/dispatch.py`` and ``tasks/isolate.py``. Where what is sent again has to be covered,
         ``repeats`` is told of what was lost, and makes the call anew.
         """
-        return Dispatch(self, calls, repeats, self.access.stage.log).results()
+        for found in Dispatch(self, calls, repeats, self.access.stage.log).results():
+            yield found
+            # An engine gets its next shard when its last one is recorded: a kill costs one of them, never two.
+            self.access.stage.recorded()
 
     def isolated(self, key: Any, call: Call, repeats: Repeats | None, actor: Any, kill: bool) -> tuple[Any, Any]:
         """A call's result without what kills its engine, found on this replica, and the replica's handle."""

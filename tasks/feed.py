@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -18,8 +19,9 @@ from infra.manifest import load_manifest
 from infra.store import open_store
 from kernels.noise import sequence_key
 from kernels.rollout import Rollout, Stats
-from tasks.batches import Order, Sequence, chance, prompt_of, read_data, row_sequence
+from tasks.batches import Order, Sequence, chance, prompt_of, row_sequence
 from tasks.checkpoint import State
+from tasks.data import read_data
 from tasks.methods import Method
 from tasks.plan import Plan
 from tasks.student import Student
@@ -87,7 +89,7 @@ class Feed:
         tables = {"rows": self.data.rows, "validation_rows": self.data.validation, "prompts": self.data.prompts}
         counts = {name: table.num_rows for name, table in tables.items()}
         if self.plan.soft_rows:
-            counts["soft_rows"] = sum(self.data.rows["soft"].to_pylist())
+            counts["soft_rows"] = pc.sum(self.data.rows["soft"]).as_py()
         return counts | self.data.left_out
 
     def source(self, state: State, coin: float) -> Source:
@@ -171,7 +173,7 @@ class Feed:
         """Continue this worker's prompts of all batches that are being made, in one go."""
         wanted = [[draw for draw in load.mine if draw.source == "prompt"] for load in self.ready]
         draws = [draw for part in wanted for draw in part]
-        with student.whole() as model:
+        with student.whole() as model, self.method.together():
             if not draws:
                 return
             written, rollout = self.write(model, draws)

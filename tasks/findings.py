@@ -65,15 +65,13 @@ def columns(
     store: Store, manifests: Manifests, names: Iterable[str], table: str, wanted: list[str]
 ) -> dict[str, NDArray]:
     """Columns of one table of several inputs, one after the other, as floats with NaN for null."""
-    found = [
-        read_rows(store, manifests[name], table, wanted)
-        for name in names
-        if name in manifests and table in manifests[name].tables
-    ]
-    return {
-        column: np.concatenate([[], *(rows[column].cast(pa.float64()).to_numpy() for rows in found)])
-        for column in wanted
-    }
+    found: dict[str, list[NDArray]] = {column: [np.empty(0)] for column in wanted}
+    for name in names:
+        if name in manifests and table in manifests[name].tables:
+            for part in read_table(store, manifests[name], table, wanted):
+                for column in wanted:
+                    found[column].append(part[column].cast(pa.float64()).to_numpy())
+    return {column: np.concatenate(found.pop(column)) for column in wanted}
 
 
 def measured(results: Results) -> list[Finding]:
@@ -87,15 +85,18 @@ def measured(results: Results) -> list[Finding]:
 
 def consistency(store: Store, manifests: Manifests) -> list[Finding]:
     """How many answers the student gave to one prompt, and what that says about them."""
-    found = columns(store, manifests, ["select"], "signals", ["unique_answers", "correct"])
-    unique, correct = found["unique_answers"].astype(np.int64), found["correct"]
-    if not len(unique):
+    counts = plots.Counts()
+    deciding = ["unique_answers", "correct"]
+    for part in read_table(store, manifests["select"], "signals", deciding) if "select" in manifests else ():
+        for row in part.group_by(deciding).aggregate([([], "count_all")]).to_pylist():
+            counts[row["unique_answers"], row["correct"]] += row["count_all"]
+    if not counts:
         return []
     title, note = "How much the student disagrees with itself", "Fewer unique answers mean a more confident student."
-    figures = [finding(title, note, plots.unique_answers, unique, correct)]
-    if not np.isnan(correct).all():
+    figures = [finding(title, note, plots.unique_answers, counts)]
+    if any(correct is not None for _, correct in counts):
         title, note = "Accuracy by number of unique answers", "Dots: shares. Bars: 95 % Wilson intervals."
-        figures.append(finding(title, note, plots.accuracy_by_unique, unique, correct))
+        figures.append(finding(title, note, plots.accuracy_by_unique, counts))
     return figures
 
 

@@ -58,7 +58,7 @@ class KeepSettings(Config):
 
 def pairs(stage: Stage[KeepSettings]) -> Iterator[tuple[int, list[dict[str, Any]], pa.Table]]:
     """(shard, one prompt row per sample, samples), shard by shard; both sides were cut alike."""
-    parts = {part.shard: part for part in stage.input("samples").tables["samples"].parts}
+    parts = stage.input("samples").tables["samples"].by_shard
     for shard, prompts in slices(stage, "prompts", stage.settings.table, stage.settings.shard_size):
         samples = with_distributions(stage, shard, read_part(stage.store, parts[shard]))
         by_id = {row["prompt_id"]: row for row in prompts.to_pylist()}
@@ -70,8 +70,8 @@ def with_distributions(stage: Stage[KeepSettings], shard: int, samples: pa.Table
     table = stage.input("samples").tables.get("distributions")
     if table is None:
         return samples.append_column("distributions", pa.nulls(samples.num_rows, pa.binary()))
-    part = next(part for part in table.parts if part.shard == shard)
-    blobs = {row["sample_id"]: row["distributions"] for row in read_part(stage.store, part).to_pylist()}
+    rows = read_part(stage.store, table.by_shard[shard]).to_pylist()
+    blobs = {row["sample_id"]: row["distributions"] for row in rows}
     column = pa.array([blobs[name] for name in samples["sample_id"].to_pylist()], pa.binary())
     return samples.append_column("distributions", column)
 
@@ -195,7 +195,7 @@ def filter_shard(
 
 def run(stage: Stage[KeepSettings]) -> None:
     score(stage)
-    parts = {part.shard: part for part in stage.manifest.tables["confidence"].parts}
+    parts = stage.manifest.tables["confidence"].by_shard
     # One float a row: the only column of the whole stage that has to be in memory at once.
     confidence_by_shard = {
         shard: read_part(stage.store, part)["confidence"].to_numpy() for shard, part in parts.items()

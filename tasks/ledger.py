@@ -13,7 +13,7 @@ moment, nor by two that run one stage at once.
 import json
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import InitVar, astuple, dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -134,16 +134,18 @@ class Reservation:
 
 @dataclass
 class _Entry:
-    """A reservation as the log tells it. ``held``: by query, its worst case until it is settled, then what it used."""
+    """A reservation as the log tells it: its worst case until it is settled, then what it used. ``held``: by query,
+    until the shard is committed; ``total``: with all further tries."""
 
     shard: int
     held: dict[int, Amount]
-    extra: Amount
+    total: Amount
 
 
 @dataclass
 class Ledger:
-    """Both accounts of one stage. ``charged_before`` and ``spent_before``: by earlier stages of the run."""
+    """Both accounts of one stage. ``charged_before`` and ``spent_before``: by earlier stages of the run. ``committed``:
+    what each shard is charged that an earlier attempt has committed; in memory are the queries of the others only."""
 
     store: Store
     folder: str
@@ -152,16 +154,19 @@ class Ledger:
     spending_caps: Caps
     charged_before: Amount = NOTHING
     spent_before: Amount = NOTHING
+    committed: InitVar[Mapping[int, Amount] | None] = None
     spent: Amount = field(default=NOTHING, init=False)
     charged: Amount = field(default=NOTHING, init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, committed: Mapping[int, Amount] | None) -> None:
         self._number = 0
         self._entries: dict[str, _Entry] = {}
         self._tries: dict[int, list[_Entry]] = {}  # by shard
         self._charges: dict[tuple[int, int], Amount] = {}  # by query, of shards that are not committed
         self._closed: dict[int, Amount] = {}
         self._under_way: set[str] = set()
+        for shard, charged in (committed or {}).items():
+            self.close(shard, charged)
         self._read()
 
     @property
@@ -216,6 +221,8 @@ class Ledger:
         """The shard is committed: this is what its queries are charged, whatever was reserved for them."""
         for key in [key for key in self._charges if key[0] == shard]:
             self.charged -= self._charges.pop(key)
+        for entry in self._tries.pop(shard, []):
+            entry.held = {}
         self.charged += charged - self._closed.get(shard, NOTHING)
         self._closed[shard] = charged
 
@@ -268,18 +275,20 @@ class Ledger:
 
     def _apply(self, entry: dict[str, Any]) -> None:
         queries = {int(number): read(amount) for number, amount in entry["queries"].items()}
-        extra = read(entry["extra"])
+        total = together(queries.values()) + read(entry["extra"])
         if "reserve" in entry:
-            self._entries[entry["reserve"]] = made = _Entry(entry["shard"], queries, extra)
-            self._tries.setdefault(made.shard, []).append(made)
-            self.spent += together(queries.values()) + extra
+            made = _Entry(entry["shard"], {}, NOTHING)
+            self._entries[entry["reserve"]] = made
+            if made.shard not in self._closed:
+                made.held = queries
+                self._tries.setdefault(made.shard, []).append(made)
         else:
             made = self._entries[entry["settle"]]
-            self.spent += together(queries.values()) + extra - together(made.held.values()) - made.extra
-            made.held, made.extra = {number: queries.get(number, NOTHING) for number in made.held}, extra
-        if made.shard not in self._closed:
-            for number in made.held:
-                self._charge(made.shard, number)
+            made.held = {number: queries.get(number, NOTHING) for number in made.held}
+        self.spent += total - made.total
+        made.total = total
+        for number in made.held:
+            self._charge(made.shard, number)
         self._number += 1
 
     def _charge(self, shard: int, number: int) -> None:

@@ -18,21 +18,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
 from infra.memory import keep_freed_memory
-from infra.models import load_model, local_folder
+from infra.models import local_folder
 from infra.store import open_store
 from kernels.noise import sequence_key
-from tasks.batches import Sequence, collate, micro_batches, row_sequence
+from tasks.batches import Batch, Sequence, collate, micro_batches, row_lengths, row_sequence
 from tasks.catalogue import feed_of, method_of
 from tasks.checkpoint import Best, State, load, load_state, save, save_state
 from tasks.methods import with_soft_labels
 from tasks.parity import check
 from tasks.plan import Plan
 from tasks.resume import newest, seal, storage
-from tasks.student import Loss, Student, World, check_projection, export, full
+from tasks.student import Head, Loss, Objective, Student, World, export, full
+from tasks.teacher import Lockstep, load_teacher
 
 
 class Loop:
@@ -42,14 +45,16 @@ class Loop:
         self.plan, self.world, self.config = plan, world, plan.train
         store = open_store(plan.root)
         self.origin = local_folder(store, plan.student)
-        self.student = Student(self.origin, plan.train, world, seed=plan.seed, sharded=plan.sharded)
+        self.student = Student(self.origin, plan.train, world, seed=plan.seed, sharded=plan.sharded, fsdp=plan.fsdp)
         teacher, vocabulary = None, plan.student.vocab_size
         if plan.teacher and plan.loads_teacher:
-            teacher = load_model(local_folder(store, plan.teacher), plan.dtype).to(world.device).requires_grad_(False)
-            check_projection(teacher, "teacher")
+            folder = local_folder(store, plan.teacher)
+            teacher = load_teacher(folder, plan.dtype, world, sharded=plan.teacher_sharded)
         if plan.teacher:
             vocabulary = min(vocabulary, plan.teacher.vocab_size)
         self.method = method_of(self.config.method, teacher, vocabulary)
+        if teacher is not None and plan.teacher_sharded:
+            self.method.together = Lockstep(teacher, world)
         self.loss: Callable[..., Loss] = self.method.loss
         if plan.soft_rows:
             self.loss = with_soft_labels(self.method.loss, plan.soft_share, plan.student.vocab_size)
@@ -127,20 +132,30 @@ class Loop:
         """Accumulate this worker's gradients; its weighted sums of losses, on and off policy."""
         self.student.train()
         sums = torch.zeros(2, dtype=torch.float64)
-        for part in self._parts(sequences, self.config.batch_size):
+        for chosen in self._parts([len(sequence) for sequence in sequences], self.config.batch_size):
+            part = [sequences[i] for i in chosen]
             batch = collate(part, self.world.device)
             weights_N = batch.weights_N.clone()
             batch.weights_N.div_(total_weight or 1.0)
-            loss, losses_N = self.student(batch, partial(self.loss, sequences=part))
+            loss, losses_N = self.student(batch, self._together(partial(self.loss, sequences=part)))
             self.student.backward(loss)
             weighted_N = losses_N.double() * weights_N
             sums += torch.stack([weighted_N[batch.on_policy_N].sum(), weighted_N[~batch.on_policy_N].sum()]).cpu()
         return sums
 
-    def _parts(self, sequences: list[Sequence], of_all: int) -> Iterator[list[Sequence]]:
-        """This worker's micro-batches: as many on every worker, for ``of_all`` sequences over all."""
+    def _together(self, objective: Objective) -> Objective:
+        """The objective, at whose end no worker has anything more to ask the teacher."""
+
+        def joined(hidden_NH: Tensor, head: Head, batch: Batch) -> tuple[Tensor, ...]:
+            with self.method.together():
+                return objective(hidden_NH, head, batch)
+
+        return joined
+
+    def _parts(self, lengths: list[int] | np.ndarray, of_all: int) -> Iterator[list[int]]:
+        """Which of this worker's sequences make its micro-batches: as many on every worker, for ``of_all`` over all."""
         count = math.ceil(math.ceil(of_all / self.world.size) / self.config.micro_batch)
-        return micro_batches(sequences, self.config.micro_batch, count)
+        return micro_batches(lengths, self.config.micro_batch, count)
 
     @torch.no_grad()
     def validate(self) -> float | None:
@@ -149,13 +164,14 @@ class Loop:
         if not table.num_rows:
             return None
         self.student.eval()
-        mine = [row_sequence(table, index) for index in range(self.world.rank, table.num_rows, self.world.size)]
+        rank, workers = self.world.rank, self.world.size
         rows = []
-        for part in self._parts(mine, table.num_rows):
-            objective = partial(self.method.validate, sequences=part)
+        for chosen in self._parts(row_lengths(table)[rank::workers], table.num_rows):
+            part = [row_sequence(table, rank + workers * i) for i in chosen]
+            objective = self._together(partial(self.method.validate, sequences=part))
             losses = self.student(collate(part, self.world.device), objective)
             rows.append([*(losses_N.double().sum().item() for losses_N in losses), len(losses[0])])
-        self.student.reshard()
+        self.student.release()
         *sums, tokens = self.world.sum(torch.tensor(rows, dtype=torch.float64).sum(0)).tolist()
         self.state.spend("validation", time.monotonic() - started)
         if not math.isfinite(sums[0]):
@@ -239,6 +255,13 @@ def proceed(loop: Loop, report: Callable[[Path, int], None], show: Callable[[dic
         report(Path(folder), state.step)
 
 
+def memory_of(device: torch.device, workers: int) -> float:
+    """Bytes: of the GPU, or an equal part of the machine's for each of its workers."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(psutil.virtual_memory().total) / workers
+
+
 def train(config: dict[str, Any]) -> None:
     """What Ray Train runs on every worker: ``config`` has the ``plan``, the ``relay``, which takes rows, and the
     folder of ``checkpoints`` in the store."""
@@ -251,6 +274,7 @@ def train(config: dict[str, Any]) -> None:
         keep_freed_memory()
     torch.set_num_threads(plan.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    plan = plan.placed(world.size, -world.max(-memory_of(world.device, context.get_local_world_size())))
 
     def report(folder: Path, step: int) -> None:
         if world.rank == 0:

@@ -7,6 +7,7 @@ Shape legend: N response positions of a micro-batch, H student width, G teacher 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,6 +37,8 @@ class Method:
     max_new_tokens = 0
     teacher: Any = None
     stored = False  # whether annotated rows bring the teacher's distributions along
+    # What may ask a sharded teacher is within it: workers then ask together.
+    together: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
 
     def loss(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
         """(Σ weight · loss, loss by position) in nats; ``batch`` is the collated ``sequences``."""

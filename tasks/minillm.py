@@ -128,7 +128,7 @@ class Collection(Feed):
         written: list[Sequence] = []
         scores: list[Tensor] = []
         stats = None
-        with student.whole() as model:
+        with student.whole() as model, self.method.together():
             if mine := draws[world.rank :: world.size]:
                 written, rollout = self.write(model, mine)
                 scores, stats = self.method.score(model, written, train.micro_batch), rollout.stats

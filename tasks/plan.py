@@ -5,7 +5,9 @@ import math
 from pydantic import BaseModel
 
 from infra.models import ModelRef
+from tasks.config.placement import Placement
 from tasks.config.train import TrainConfig
+from tasks.placement import GIB, place
 
 
 class Plan(BaseModel):
@@ -24,12 +26,31 @@ class Plan(BaseModel):
     online_teacher_tokens: int | None = None
     threads: int = 0
     device: str = "cpu"
-    sharded: bool = False  # FSDP2; without it every worker holds the whole student
+    sharded: bool = False  # the student, by FSDP2; without it every worker holds a replica
+    fsdp: bool = False  # replicas are FSDP2's too: on GPUs it brings the precision
+    teacher_sharded: bool = False  # its layers
+    placement: Placement = Placement()  # what decides both of a worker's models
 
     @property
     def dtype(self) -> str:
         """Of the teacher, and of the finished student."""
         return "bfloat16" if self.device == "cuda" and self.train.precision != "float32" else "float32"
+
+    def placed(self, workers: int, memory: float) -> "Plan":
+        """The plan of so many workers, each with as many bytes of memory unless the settings say how many."""
+        if self.placement.worker_memory_gib is not None:
+            memory = self.placement.worker_memory_gib * GIB
+        found = place(
+            self.placement,
+            self.train,
+            student=self.student.parameters,
+            teacher=self.teacher.parameters if self.teacher else 0,
+            workers=workers,
+            memory=memory,
+            gpu=self.device == "cuda",
+        )
+        sharded = self.sharded or found.student_sharded
+        return self.model_copy(update={"sharded": sharded, "teacher_sharded": found.teacher_sharded})
 
     def learning_rate(self, step: int) -> float:
         """The rate of the step that follows ``step`` steps: a linear rise, then a cosine that ends at the last one."""

@@ -1,5 +1,6 @@
 """Plots of the report: each function puts marks on axes it is given, so that page and overview picture share them."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -39,23 +40,26 @@ def dots(ax: Axes, results: Results, metric: str) -> None:
     ax.set_xlabel(f"{shown.unit}, {'lower' if metric == 'loss' else 'higher'} is better")
 
 
+# Kinds of answer: whether it is correct, as they are called, and their colour.
+KINDS = {True: ("correct", "final"), False: ("incorrect", "wrong"), None: ("not known", "base")}
+# Prompts by (number of unique answers, whether the majority answer is correct).
+Counts = Counter[tuple[int, bool | None]]
+
+
 def split(correct: NDArray) -> list[tuple[str, str, NDArray]]:
     """(name, colour, mask) of the kinds of answer that occur; `correct` holds 1, 0 and NaN for unknown."""
-    kinds = [
-        ("correct", "final", correct == 1),
-        ("incorrect", "wrong", correct == 0),
-        ("not known", "base", np.isnan(correct)),
-    ]
-    return [kind for kind in kinds if kind[2].any()]
+    masks = {True: correct == 1, False: correct == 0, None: np.isnan(correct)}
+    return [(*KINDS[kind], mask) for kind, mask in masks.items() if mask.any()]
 
 
-def unique_answers(ax: Axes, unique: NDArray, correct: NDArray) -> None:
+def unique_answers(ax: Axes, prompts: Counts) -> None:
     """Prompts by their number of unique answers, stacked by whether the majority answer is correct."""
-    top = int(unique.max(initial=1))
-    below = np.zeros(top)
-    for name, color, mask in split(correct):
-        counts = np.bincount(unique[mask], minlength=top + 1)[1:]
-        ax.bar(range(1, top + 1), counts, 0.72, bottom=below, color=COLORS[color], label=name)
+    numbers = range(1, max(unique for unique, _ in prompts) + 1)
+    below = np.zeros(len(numbers))
+    for kind, (name, color) in KINDS.items():
+        counts = np.array([prompts[unique, kind] for unique in numbers])
+        if counts.any():
+            ax.bar(numbers, counts, 0.72, bottom=below, color=COLORS[color], label=name)
         below += counts
     ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     ax.set_xlabel("Unique final answers among the samples of a prompt")
@@ -64,16 +68,16 @@ def unique_answers(ax: Axes, unique: NDArray, correct: NDArray) -> None:
     key(ax)
 
 
-def accuracy_by_unique(ax: Axes, unique: NDArray, correct: NDArray) -> None:
+def accuracy_by_unique(ax: Axes, prompts: Counts) -> None:
     """Share of correct majority answers by the number of unique answers, with 95 % Wilson intervals."""
-    known = ~np.isnan(correct)
-    for count in np.unique(unique[known]).tolist():
-        marks = correct[known & (unique == count)]
-        low, high = wilson(int(marks.sum()), len(marks))
+    for count in sorted({unique for unique, correct in prompts if correct is not None}):
+        right = prompts[count, True]
+        known = right + prompts[count, False]
+        low, high = wilson(right, known)
         ax.plot([count, count], [low, high], color=COLORS["final"], linewidth=3, alpha=0.45)
-        ax.plot(count, marks.mean(), "o", color=COLORS["final"], markersize=7, clip_on=False)
-        ax.annotate(f"{marks.mean():.0%}", (count, marks.mean()), (9, -3), textcoords="offset points")
-    top = int(unique.max(initial=1))
+        ax.plot(count, right / known, "o", color=COLORS["final"], markersize=7, clip_on=False)
+        ax.annotate(f"{right / known:.0%}", (count, right / known), (9, -3), textcoords="offset points")
+    top = max(unique for unique, _ in prompts)
     ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     ax.set_xlim(0.5, top + 0.7)
     ax.set_xlabel("Unique final answers among the samples of a prompt")

@@ -218,7 +218,7 @@ def run(stage: Stage[PromptsSettings]) -> None:
                     least=stage.settings.after.least if stage.settings.after else None,
                 )
                 write_all(stage, db)
-                stage.facts.update(facts(db))
+                stage.facts.update(facts(db), quarantined=stage.manifest.tables["quarantine"].rows)
                 stage.facts["counts"] |= {"read": intake.done - kept, "taken_before": taken, "heldout_before": kept}
             except TooFew as few:
                 stage.facts.update(waits=str(few), counts={"read": intake.done - kept, "taken_before": taken})

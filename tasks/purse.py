@@ -44,6 +44,7 @@ class Purse:
         known = before.get("paid", {"charged": first.cost(charged), "spent": first.cost(spent)})
         self.paid_before = {name: Fraction(value) for name, value in known.items()}
         self.caps = at_price(caps, charged, self.paid_before["charged"])
+        samples, queries = stage.done("samples"), stage.done("queries")
         self.ledger = Ledger(
             store=stage.store,
             folder=stage.spec.folder,
@@ -52,11 +53,10 @@ class Purse:
             spending_factor=spending["factor"],
             charged_before=charged,
             spent_before=spent,
+            committed={
+                number: charges(read_part(stage.store, part)) for number, part in queries.items() if number in samples
+            },
         )
-        samples = stage.done("samples")
-        for number, part in stage.done("queries").items():
-            if number in samples:
-                self.ledger.close(number, charges(read_part(stage.store, part)))
 
     def worst(self, prompt: Mapping[str, Any]) -> Amount:
         """The most that one prompt may take."""

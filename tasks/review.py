@@ -49,10 +49,7 @@ class ReviewSettings(Config):
 def shards(stage: Stage[ReviewSettings]) -> Iterator[Answers]:
     """All answers, shard by shard, teacher by teacher."""
     settings = stage.settings
-    parts = {
-        teacher: {part.shard: part for part in stage.input(name).tables["samples"].parts}
-        for teacher, name in settings.samples.items()
-    }
+    parts = {teacher: stage.input(name).tables["samples"].by_shard for teacher, name in settings.samples.items()}
     for shard, prompts in slices(stage, "prompts", settings.table, settings.shard_size):
         tables = {teacher: read_part(stage.store, own[shard]) for teacher, own in parts.items()}
         authors = [teacher for teacher, table in tables.items() for _ in range(table.num_rows)]
@@ -103,11 +100,10 @@ def mean_scores(store: Any, manifest: Manifest, shard: int) -> dict[str, float]:
     """By sample id the mean of what its reviewers gave, in one shard; none where nobody could say."""
     given: dict[str, list[float]] = {}
     for name, table in manifest.tables.items():
-        for part in table.parts if name.startswith(TABLE) else ():
-            if part.shard == shard:
-                for row in read_part(store, part, ["sample_id", "score"]).to_pylist():
-                    if row["score"] is not None:
-                        given.setdefault(row["sample_id"], []).append(row["score"])
+        if name.startswith(TABLE) and shard in table.by_shard:
+            for row in read_part(store, table.by_shard[shard], ["sample_id", "score"]).to_pylist():
+                if row["score"] is not None:
+                    given.setdefault(row["sample_id"], []).append(row["score"])
     return {name: float(np.mean(scores)) for name, scores in given.items()}
 
 

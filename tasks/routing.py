@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
 from tasks.config.base import Config
 from tasks.config.peers import FIRST, BySource, ByWeight, Everyone, Routing
+from tasks.ids import Ids
 from tasks.stage import Stage
 
 # Of a shard of prompts, those that are asked.
@@ -73,13 +73,11 @@ def routed(route: Route, seed: int) -> Chosen:
 
 def further(stage: Stage[Any], settings: Further, table: str, seed: int) -> Chosen:
     """Prompts that were not selected: those with the smallest salted hashes. Only so many ids are in memory."""
-    parts = stage.read(settings.apart_from, "selected", ["prompt_id"])
-    selected = {name for part in parts for name in part["prompt_id"].to_pylist()}
+    selected = Ids(part["prompt_id"] for part in stage.read(settings.apart_from, "selected", ["prompt_id"]))
     left = (
         (uniform(seed, "further", name), name)
         for part in stage.read("prompts", table, ["prompt_id"])
-        for name in part["prompt_id"].to_pylist()
-        if name not in selected
+        for name in part["prompt_id"].filter(pa.array(selected.find(part["prompt_id"]) < 0)).to_pylist()
     )
-    drawn = pa.array([name for _, name in heapq.nsmallest(settings.count, left)], pa.string())
-    return lambda prompts: prompts.filter(pc.is_in(prompts["prompt_id"], drawn))
+    drawn = Ids([pa.array([name for _, name in heapq.nsmallest(settings.count, left)], pa.string())])
+    return lambda prompts: prompts.filter(pa.array(drawn.find(prompts["prompt_id"]) >= 0))

@@ -8,7 +8,7 @@ prompts by the rank average of both are selected, as many as the budget has quer
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import isnan
 from typing import Any
 
@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from infra.manifest import read_part
+from infra.manifest import read_part, read_table
 from kernels.consistency import Consistency, consistency, rank_average
-from kernels.selection import SELECTED, choose
+from kernels.selection import REASONS, SELECTED, choose
 from tasks import schemas
 from tasks.config.base import Config
 from tasks.config.signals import Confidence, PTrue, Select
@@ -146,13 +146,28 @@ def draw(seed: int, prompt_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\x1fselect\x1f{prompt_id}".encode()).digest()[:8], "big") >> 1
 
 
+def deciding(parts: Iterable[pa.Table], seed: int) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    """What decides of N candidates: their signals, the number of each one's source [N], and the draw of each [N], which
+    breaks ties. No text stays in memory: some 30 bytes a candidate, by the types of the columns."""
+    small, draws = [], []
+    for rows in parts:
+        prompt_ids = rows["prompt_id"].to_pylist()
+        draws.append(np.fromiter((draw(seed, prompt_id) for prompt_id in prompt_ids), np.int64, len(prompt_ids)))
+        named = rows.drop_columns(["prompt_id", "source"])
+        small.append(named.append_column("source", rows["source"].dictionary_encode()))
+    columns = pa.concat_tables(small).unify_dictionaries()
+    codes = [chunk.indices.to_numpy() for chunk in columns["source"].chunks]
+    return columns, np.concatenate([np.empty(0, np.int32), *codes]), np.concatenate(draws)
+
+
 def uncertainty(select: Select, columns: pa.Table) -> np.ndarray:
     """Of N prompts, 0 (certain) to 1: the rank average of the signals; random selection has none and gives 0.5 to all;
     the oracle knows what is wrong (1), right (0) and unknown (0.5)."""
     if select.rule == "random":
         return np.full(columns.num_rows, 0.5)
     if select.rule == "oracle":
-        return np.array([0.5 if known is None else 1.0 - known for known in columns["correct"].to_pylist()])
+        known = columns["correct"]
+        return pc.if_else(pc.is_null(known), 0.5, pc.if_else(known, 0.0, 1.0)).to_numpy()
     column, sign = MEASURES[select.consistency]
     # An answer that the TA's engine died of is not worth a query: no doubt in it.
     doubts = [sign * columns[column].to_numpy(), 1.0 - pc.fill_null(columns["ta_student"], 1.0).to_numpy()]
@@ -164,15 +179,12 @@ def run(stage: Stage[SelectSettings]) -> None:
     settings = stage.settings
     parts = stage.manifest.tables["observed"].parts
     # A few small columns decide; the rows themselves are read again part by part.
-    small = [read_part(stage.store, part, DECIDING) for part in parts]
-    columns = pa.concat_tables(small)
-    prompt_ids = columns["prompt_id"].to_pylist()
+    columns, sources_N, ties_N = deciding(read_table(stage.store, stage.manifest, "observed", DECIDING), settings.seed)
     uncertainty_N = uncertainty(settings.select, columns)
-    ties_N = np.array([draw(settings.seed, prompt_id) for prompt_id in prompt_ids])
-    order = np.lexsort((ties_N, -uncertainty_N))
+    order_N = np.lexsort((ties_N, -uncertainty_N))
     reasons_N = choose(
-        order,
-        columns["source"].to_pylist(),
+        order_N,
+        sources_N,
         settings.queries,
         most=settings.select.source_share,
         balance=settings.select.balance,
@@ -191,14 +203,14 @@ def run(stage: Stage[SelectSettings]) -> None:
             shard,
             rows.append_column("uncertainty", pa.array(uncertainty_N[here], pa.float32()))
             .append_column("selected", pa.array(chosen))
-            .append_column("reason", pa.array(reasons_N[here].tolist()))
+            .append_column("reason", pa.array([REASONS[code] for code in reasons_N[here]]))
             .cast(schemas.SIGNAL),
         )
         stage.commit("selected", shard, prompts.filter(pa.array(chosen)))
     stage.close_table("signals", schemas.SIGNAL)
     stage.close_table("selected", schemas.PROMPT)
     stage.facts.update(
-        candidates=len(prompt_ids),
+        candidates=len(order_N),
         selected=int(selected_N.sum()),
         mean_unique_answers=float(np.mean(columns["unique_answers"].to_numpy())),
         mean_ta_student=pc.mean(columns["ta_student"]).as_py(),

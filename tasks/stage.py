@@ -30,6 +30,7 @@ from infra.files import open_file
 from infra.manifest import Manifest, Part
 from infra.store import Store, StorePath, open_store
 from infra.terminal import VisibleFormatter, visible
+from tasks.config.placement import Placement
 from tasks.devices import devices
 
 MARK = "@switchyard "
@@ -50,10 +51,12 @@ class Runtime(BaseModel):
     workers: int = 1
     min_workers: int | None = None  # training goes on with so many where there is no room for more
     gpus_per_worker: int = 0
+    placement: Placement = Placement()  # of training's models on workers
     threads: int = 0  # torch threads of a worker; 0: all cores
     release_engines: bool = False  # end the run's engines before training
     # ``caps`` of the budget, and the ``factor`` spent may come to.
     spending: dict[str, Any] = Field(default_factory=dict)
+    commit: str | None = None  # of the code that the flow runs from
     operational: dict[str, Any] = Field(default_factory=dict)  # the settings that decide no result, for the report
 
 
@@ -99,8 +102,9 @@ class Stage(Generic[Settings]):
             fingerprint=spec.fingerprint,
             settings=spec.settings,
             inputs=spec.inputs,
-            versions=installed_versions(),
+            versions=installed_versions() | ({"commit": spec.runtime.commit} if spec.runtime.commit else {}),
         )
+        # Where a stage has a table ``quarantine``, its fact ``quarantined`` is the number of rows in it.
         self.facts = self.manifest.facts
         self._progress_at = 0.0
         self._committer = manifests.Committer(self.store, spec.folder)
@@ -121,17 +125,20 @@ class Stage(Generic[Settings]):
 
     def done(self, table: str) -> dict[int, Part]:
         """Parts that are committed, by shard; those of an earlier attempt are not made again."""
-        self._committer.wait()
+        self.recorded()
         return manifests.committed_parts(self.store, self.spec.folder, table)
 
     def commit(self, table: str, shard: int, rows: pa.Table) -> None:
         """Commit a part; it is stored while the caller goes on, and surely once ``done`` or ``close_table`` returns."""
         self._committer.commit(table, shard, rows)
 
+    def recorded(self) -> None:
+        """Return when everything that was committed stands in the store."""
+        self._committer.wait()
+
     def close_table(self, table: str, schema: pa.Schema) -> None:
         """Enter a table, with all parts committed so far, into the manifest. Empty tables are entered too."""
-        self._committer.wait()
-        self.manifest.tables[table] = manifests.close_table(self.store, self.spec.folder, table, schema)
+        self.manifest.tables[table] = self._committer.close(table, schema)
 
     def write_table(self, table: str, rows: pa.Table) -> None:
         """A small table as one part."""

@@ -1,4 +1,4 @@
-"""The student under training: loaded, given adapters, sharded, and its gradients summed over workers.
+"""The student under training: loaded, given adapters, sharded or replicated, its gradients summed over workers.
 
 Its loss is taken inside ``forward``: the base model's hidden states go straight into a fused kernel, and FSDP has the
 projection gathered at that moment. Weights are float32; on GPUs FSDP2 computes in bfloat16.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -77,6 +77,12 @@ def hidden_states(model: Any, ids_BL: Tensor) -> Tensor:
     return model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
 
 
+def layers_of(model: Any) -> list[nn.Module]:
+    """The layers that shards are made of, outermost parts left out: embeddings, the last norm, the projection."""
+    kinds = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
 @torch.no_grad()
 def check_projection(model: Any, role: str) -> None:
     """ValueError where logits are more than a projection of the hidden states (a scale, say): losses would be wrong."""
@@ -114,33 +120,39 @@ def adapt(model: Any, lora: Lora, seed: int) -> Any:
 
 
 class Student(nn.Module):
-    """A causal language model that is trained, on one worker or sharded over all."""
+    """A causal language model that is trained: sharded over all workers, or a replica on each.
 
-    def __init__(self, folder: Path, config: TrainConfig, world: World, *, seed: int, sharded: bool) -> None:
+    With ``fsdp`` replicas are FSDP2's too, in shards of one worker: they compute in the same precision.
+    """
+
+    def __init__(
+        self, folder: Path, config: TrainConfig, world: World, *, seed: int, sharded: bool, fsdp: bool = False
+    ) -> None:
         super().__init__()
-        self.world, self.sharded = world, sharded
+        self.world, self.fsdp = world, fsdp or sharded
         self.model: Any = load_model(folder, "float32").to(world.device)
         if config.lora:
             adapt(self.model, config.lora, seed)
         check_projection(self.model, "student")
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if sharded:
-            self._shard(config.precision)
+        if self.fsdp:
+            replicas = 1 if sharded else self.world.size
+            shape = (replicas, self.world.size // replicas)
+            mesh = init_device_mesh(self.world.device.type, shape, mesh_dim_names=("replicas", "shards"))
+            self._wrap(mesh["shards"] if sharded else mesh, config.precision)
 
-    def _shard(self, precision: str) -> None:
-        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+    def _wrap(self, mesh: DeviceMesh, precision: str) -> None:
         narrow = self.world.device.type == "cuda" and precision != "float32"
         # Inputs stay as they are: the positions' weights need more than eight bits.
         policy = MixedPrecisionPolicy(torch.bfloat16 if narrow else None, torch.float32, cast_forward_inputs=False)
-        layers = set(self.model._no_split_modules or ())
-        for module in [module for module in self.modules() if type(module).__name__ in layers]:
+        for module in layers_of(self.model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
         fully_shard(self, mesh=mesh, mp_policy=policy)
         # The first module that runs becomes FSDP's root; a rollout would make it a layer.
         with torch.no_grad():
             self(collate([], self.world.device), lambda hidden_NH, head, batch: (hidden_NH.sum(), hidden_NH))
-        self.reshard()
+        self.release()
 
     def forward(self, batch: Batch, objective: Objective) -> tuple[Tensor, ...]:
         hidden_BLH = hidden_states(self.model, batch.ids_BL)
@@ -149,11 +161,11 @@ class Student(nn.Module):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this worker's share of the global loss."""
         # FSDP averages over workers; the loss is a sum over them.
-        (loss * self.world.size if self.sharded else loss).backward()
+        (loss * self.world.size if self.fsdp else loss).backward()
 
     def sum_gradients(self) -> None:
-        """Without shards every worker holds all parameters: sum their gradients. Collective."""
-        if self.world.size > 1 and not self.sharded:
+        """Sum what FSDP, where it is used, has summed already. Collective."""
+        if self.world.size > 1 and not self.fsdp:
             pending = [dist.all_reduce(p.grad, async_op=True) for p in self.trained().values()]
             for work in pending:
                 work.wait()
@@ -175,15 +187,17 @@ class Student(nn.Module):
         try:
             yield self.model
         finally:
-            self.reshard()
+            self.release()
             for module in modules:
                 # The root keeps its parameters between forward and backward, which follow each other.
                 module.set_reshard_after_forward(module is not self, recurse=False)
 
-    def reshard(self) -> None:
-        """Free what a forward without a backward gathered."""
-        for module in self._fsdp_modules():
-            module.reshard()
+    # Not `reshard`: FSDP's method of that name would come before it.
+    def release(self) -> None:
+        """Free what forwards without a backward gathered, and forget them: FSDP gathers for a backward by the order of
+        all forwards since the last one, so workers with unequal rollouts would wait for each other forever."""
+        if isinstance(self, FSDPModule):
+            self.reset_iter_state()
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ def plan_of(stage: Stage[TrainSettings]) -> Plan:
         online_teacher_tokens=settings.online_teacher_tokens,
         threads=runtime.threads,
         device=device,
-        sharded=device == "cuda",
+        fsdp=device == "cuda",
+        placement=runtime.placement,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from infra.engine import cpu_environment
 from kernels.gate import Coin, Gate, Threshold
@@ -93,6 +94,10 @@ class InVllm:
         for model in (student, teacher):
             if model.device.type != "cpu" or model.dtype != torch.float32:
                 raise ValueError(f"it was tested in float32 on CPU, not in {model.dtype} on {model.device.type}")
+        if any(isinstance(weight, DTensor) for weight in teacher.parameters()):
+            raise ValueError(
+                "the teacher is sharded, and no worker has all of it: set resources.placement.teacher whole"
+            )
         if any("lora_" in name for name, _ in student.named_parameters()):
             raise ValueError("the student has adapters, which cannot be handed over")
 

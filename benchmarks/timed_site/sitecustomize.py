@@ -25,7 +25,9 @@ TIMED = {
     "infra.manifest": {"commit_manifest": "store"},
     "tasks.loop": {"train": "training"},
     "tasks.connection": {"connected": "start-up"},
-    "tasks.stage": dict.fromkeys(("Stage.done", "Stage.close_table", "Stage.write_table", "Stage.add_files"), "store"),
+    "tasks.stage": dict.fromkeys(
+        ("Stage.recorded", "Stage.done", "Stage.close_table", "Stage.write_table", "Stage.add_files"), "store"
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from tasks.config.mentor import Mentor
 from tasks.config.methods import Sft
 from tasks.config.models import Engines, Models, OpenAIModel, PromotedModel
 from tasks.config.peers import FIRST, Everyone, Peers
+from tasks.config.placement import Placement
 from tasks.config.prompts import InboxSource, PromptsConfig
 from tasks.config.recurring import Recurring
 from tasks.config.served import Served, served
@@ -61,6 +62,8 @@ class Resources(Config):
     cluster has room for no more, and grows with it; absent: it waits for all of them."""
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     """GPUs of a training worker: 0 on CPU."""
+    placement: Placement = Placement()
+    """Where the models of training lie."""
     release_engines: bool = False
     """End the engines before training and load them again after it: for machines where both do not fit."""
     engine_room: str | None = Field(default=None, pattern=NAME)

@@ -30,6 +30,13 @@ class Operator:
         title = self.page.locator(".schema-form-property__label").get_by_text(label, exact=True)
         return self.page.locator(".schema-form-property").filter(has=title).last
 
+    def choose(self, select: Any, option: str, typed: str = "") -> None:
+        """Open a list by its keyboard, since the click that focuses it may close it again, and choose of it."""
+        select.get_by_role("button").first.focus()
+        self.page.keyboard.press("ArrowDown")
+        self.page.keyboard.type(typed)
+        self.page.locator(".p-select-option", has_text=option).first.click()
+
     def press(self, button: str, request: str) -> None:
         """Press a button that sends a request. A server whose database is busy answers 503, of which the page only says
         that something went wrong: one presses again."""

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from browser import Operator
 from machine import Up
+
+from infra.process import marked
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +21,15 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         yield machine
     finally:
         machine.switchyard("down")
+        assert not list(marked(machine.facts["token"])), "down left processes"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models and settings of a tiny run."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny.write_config(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

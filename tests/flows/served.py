@@ -1,6 +1,7 @@
 """vLLM's own OpenAI server on a tiny model, and a proxy before it that fails on request and keeps the true bill."""
 
 import json
+import secrets
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 from infra.cluster import free_port
 from infra.process import Guarded
 
-KEY = "a-key-that-must-not-be-seen"
+KEY = f"a-key-that-must-not-be-seen-{secrets.token_hex(6)}"
 NAME = "tiny-teacher"
 START_SECONDS = 400.0
 
@@ -28,11 +29,16 @@ def vllm_server(model: Path, log: Path) -> Iterator[str]:
     # What ``vllm serve`` starts. The command itself looks for a package named vllm, which the CPU build is not.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", NAME]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", KEY, "--dtype", "float32"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     # Seeded requests and split prompts exclude each other on CPU.
     command += ["--max-model-len", "512", "--max-num-batched-tokens", "4096", "--no-enable-chunked-prefill"]
     command += ["--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16"]
-    environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "VLLM_API_KEY": KEY,
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
     server = Guarded(command, log, {**environment, "VLLM_LOGGING_LEVEL": "WARNING"})
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -108,7 +114,9 @@ def faulty(target: str) -> Iterator[tuple[str, Proxy]]:
                 proxy.under_way += 1
                 proxy.most_under_way = max(proxy.most_under_way, proxy.under_way)
             if isinstance(fault, int):
-                status, data = fault, b'{"error": "on request"}'
+                # As services do that repeat what they were given.
+                said = {"error": f"on request; you sent {self.headers.get('Authorization')}"}
+                status, data = fault, json.dumps(said).encode()
             else:
                 status, data = proxy.forward(self.path, body, self.headers.get("Authorization", ""))
             if fault == "slow":

@@ -1,7 +1,9 @@
 """A stage past its deadline is stopped, and submitted again where that is set."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,16 @@ def test_a_late_stage_fails_or_is_tried_again(tmp_path: Path, again: bool, attem
     (record,) = (json.loads(path.read_text()) for path in root.glob("runs/*/run.json"))
     assert [stage["attempts"] for stage in record["stages"]] == [attempts]
     assert not processes_of(root)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(SECONDS)
+def test_a_late_stage_that_is_tried_again_ends_well(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    # The stage's job finds its module there.
+    known = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(here)])}
+    command = [sys.executable, str(here / "late.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=known)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"name": "late", "state": "Completed", "message": "after 2 attempts", "attempts": 2}

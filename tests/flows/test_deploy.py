@@ -1,6 +1,7 @@
 """Deployments on a real server: as `switchyard up` leaves them, as `prefect deploy` puts them, and what they do."""
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import tiny
+import yaml
 from machine import ROOT, Up
 
 from flows.gpus import gpus_here
@@ -25,6 +27,7 @@ from tasks.config.preset import Preset
 
 SECONDS = 900
 SLOTS = "switchyard-gpus"
+DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 LOCAL = ("distill", "distill-recurring", "evaluate", "reap")
 # What a deployment says, beside ids and times.
 SAID = (
@@ -58,20 +61,28 @@ def test_up_leaves_deployments_that_prefect_deploys_alike(up: Up, tmp_path: Path
     assert before["distill-recurring"]["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
     slots = up.ask(f"/v2/concurrency_limits/{SLOTS}")
     assert (slots["limit"], slots["active"]) == (gpus_here() or 8, True)
-    # Somebody sets it: what deploys again leaves it.
-    up.api.patch(f"/v2/concurrency_limits/{SLOTS}", json={"limit": 3}).raise_for_status()
     assert {deployment["version"] for deployment in before.values()} == {version("switchyard")}
 
-    for kind in ("docker", "kubernetes"):
-        up.ask("/work_pools/", name=f"switchyard-{kind}", type=kind)
     ray, root, image = "http://ray:8265", "s3://bucket/prefix", "registry.example/switchyard:1"
     elsewhere = {"SWITCHYARD_RAY_ADDRESS": ray, "SWITCHYARD_ROOT": root, "SWITCHYARD_IMAGE": image}
     settings = {**environment(tmp_path, up.facts["prefect_url"]), **elsewhere, "PWD": str(ROOT)}
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    deployed = subprocess.run(
-        command, env={**up.environment, **settings}, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
+
+    def prefect(*arguments: str) -> None:
+        command = [sys.executable, "-m", "prefect", *arguments]
+        known = {**up.environment, **settings}
+        done = subprocess.run(command, env=known, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    # As docs/operate.md has it.
+    template = ROOT / "infra/kubernetes/prefect/pool.json"
+    prefect("gcl", "update", SLOTS, "--limit", "3")
+    prefect("work-pool", "create", "switchyard-docker", "--type", "docker")
+    prefect(
+        "work-pool", "create", "switchyard-kubernetes", "--type", "kubernetes", "--base-job-template", str(template)
     )
-    assert deployed.returncode == 0, deployed.stdout[-3000:] + deployed.stderr[-3000:]
+    prefect("--no-prompt", "deploy", "--all")
+    assert up.ask("/work_pools/switchyard-kubernetes")["base_job_template"] == json.loads(template.read_text())
+    assert up.api.post("/deployments/count", json={}).json() == len(DEPLOYMENTS)
     assert {name: said(up.deployment(name)) for name in LOCAL} == before
     for kind in ("docker", "kubernetes"):
         for flow in ("distill", "evaluate"):
@@ -79,11 +90,14 @@ def test_up_leaves_deployments_that_prefect_deploys_alike(up: Up, tmp_path: Path
             assert there["work_pool_name"] == f"switchyard-{kind}"
             assert there["parameters"]["root"] == root
             assert there["job_variables"]["image"] == image
-    weekly = up.deployment("distill-recurring", "distill-recurring-kubernetes")["parameters"]["config"]
-    chosen = Preset.model_validate(weekly).settings()
-    assert chosen.resources.ray_address == ray
-    assert chosen.prompts.sources[0].path == f"{root}/inbox"
-    assert up.deployment("reap", "reap-kubernetes")["parameters"] == {"ray_address": ray}
+        recurring = up.deployment("distill-recurring", f"distill-recurring-{kind}")
+        assert recurring["parameters"]["root"] == root
+        assert [schedule["parameters"] for schedule in recurring["schedules"]] == [{}]
+        chosen = Preset.model_validate(recurring["parameters"]["config"]).settings()
+        assert chosen.resources.ray_address == ray
+        assert chosen.prompts.sources[0].path == f"{root}/inbox"
+        assert up.deployment("reap", f"reap-{kind}")["parameters"] == {"ray_address": ray}
+    # Somebody has set it: what deploys again leaves it.
     assert up.ask(f"/v2/concurrency_limits/{SLOTS}")["limit"] == 3
     assert subprocess.run(["git", "diff", "--quiet", "prefect.yaml"], cwd=ROOT).returncode == 0
 
@@ -109,6 +123,84 @@ def test_missed_schedules_are_not_all_caught_up(up: Up) -> None:
         runs.append(up.ask(f"/deployments/{deployment}/create_flow_run", state=state)["id"])
     ends = [up.wait(run, seconds=SECONDS) for run in runs]
     assert sorted(state["type"] for state in ends) == ["CANCELLED", "CANCELLED", "COMPLETED"], ends
+
+
+# Processes of their own: Prefect reads its settings when it is imported.
+SAYS = """
+import sys
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+from flows.trackers import Following
+from flows.watch import MOST_LINES, StageWatch
+from infra.store import open_store
+from tasks.config import load_config
+
+TRACE = ["Traceback (most recent call last):", '  File "stage.py", line 1, in run', "RuntimeError: burst"]
+
+@flow(name="says", log_prints=False)
+def says():
+    following = Following(load_config("configs/quickstart.yaml"), "run", open_store(sys.argv[1]), get_run_logger())
+    watch = StageWatch("annotate", following)
+    watch.take(["WARNING annotate: hot", *TRACE, "a library prints this", "CRITICAL annotate: burning"])
+    watch.take(f"INFO annotate: line {number}" for number in range(MOST_LINES + 500))
+    return str(flow_run.id)
+
+print(says(), MOST_LINES)
+"""
+WRITES = """
+import sys
+import time
+from pathlib import Path
+from prefect.artifacts import create_markdown_artifact
+from flows.artifacts import put
+written = 0
+while not Path(sys.argv[1]).exists():
+    put(create_markdown_artifact, markdown="text", key=f"away-{written}")
+    written += 1
+    time.sleep(0.2)  # a server that has no time for others answers them with 503
+print(written)
+"""
+
+
+@pytest.mark.timeout(SECONDS)
+def test_lines_keep_their_level_and_are_no_flood(up: Up, tmp_path: Path) -> None:
+    settings = {**up.environment, **environment(tmp_path, up.facts["prefect_url"])}
+    command = [sys.executable, "-c", SAYS, str(tmp_path)]
+    done = subprocess.run(command, env=settings, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run, most = done.stdout.split()
+    lines: list[dict[str, Any]] = []
+    asked = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
+    while found := up.ask("/logs/filter", **asked, offset=len(lines)):
+        lines += found
+    by_level: dict[int, list[str]] = {}
+    for line in lines:
+        by_level.setdefault(line["level"], []).append(line["message"])
+    assert by_level[logging.WARNING] == ["annotate: hot"]
+    assert by_level[logging.CRITICAL] == ["annotate: burning"]
+    assert [len(by_level[logging.ERROR]), by_level[logging.ERROR][-1]] == [3, "RuntimeError: burst"]
+    assert logging.DEBUG not in by_level
+    told = [message for message in by_level[logging.INFO] if message.startswith("annotate: ")]
+    assert len(told) == int(most) + 1
+    assert told[-1] == "annotate: further lines of this level are in the log of its Ray job alone"
+
+
+@pytest.mark.timeout(SECONDS)
+def test_artifacts_wait_for_a_server_that_is_started_again(up: Up, tmp_path: Path) -> None:
+    settings = {**up.environment, **environment(tmp_path, up.facts["prefect_url"])}
+    command = [sys.executable, "-c", WRITES, str(tmp_path / "enough")]
+    with subprocess.Popen(command, env=settings, cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
+        while not up.ask("/artifacts/count", artifacts={"key": {"like_": "away-"}}):
+            assert writer.poll() is None
+            time.sleep(0.5)
+        try:
+            up.crash("prefect", "server", "start")
+        finally:
+            (tmp_path / "enough").touch()
+        output, _ = writer.communicate(timeout=SECONDS)
+    assert writer.returncode == 0
+    # By key: one whose answer was lost with the server is there twice.
+    assert up.ask("/artifacts/latest/count", artifacts={"key": {"like_": "away-"}}) == int(output)
 
 
 def test_the_server_refuses_what_the_form_refuses(up: Up, tmp_path: Path) -> None:

@@ -47,3 +47,30 @@ def test_a_server_that_is_killed_is_started_again_at_its_address(
     finally:
         server.stop()
     assert not answers(server.url)
+
+
+@pytest.mark.long
+def test_a_server_that_is_killed_in_its_start_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    server = EmbeddedServer(tmp_path)
+    server.start()
+    try:
+        (guard,) = (child for child in psutil.Process().children() if "server" in child.cmdline())
+        while not (starting := guard.children()):
+            time.sleep(0.05)
+        starting[0].kill()
+        server.wait()
+    finally:
+        server.stop()
+
+
+@pytest.mark.long
+def test_a_server_that_never_comes_up_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".prefect").mkdir()
+    (tmp_path / ".prefect" / "prefect.db").write_text("this is no database")
+    command = [sys.executable, "-m", "flows.cli", "run", "configs/quickstart.yaml", "--root", str(tmp_path)]
+    environment = {**os.environ, "SWITCHYARD_HOME": str(tmp_path / "home")}
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "error: Prefect's server ended in 3 starts" in ended.stderr

@@ -6,17 +6,22 @@ from typing import Any
 
 import pytest
 import tiny
-from prefect.flows import Flow
+import yaml
+from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import is_valid_schema, validate
 
+from flows.deploy import FILE
 from flows.distill import distill
 from flows.evaluate import evaluate
+from flows.preflight import measurable
 from flows.reap import reap
 from tasks.config import RunConfig
 from tasks.config.evaluation import Evaluation
 from tasks.config.form import TAGS, marked
 from tasks.config.preset import NAMES, Preset
+
+DEPLOYMENTS = yaml.safe_load(FILE.read_text())["deployments"]
 
 
 def schema_of(flow: Flow[..., Any]) -> dict[str, Any]:
@@ -114,6 +119,21 @@ def test_presets_are_the_shipped_settings(name: str) -> None:
     settings = Preset(preset=name, changes=["seed=41"]).settings()
     assert isinstance(settings, RunConfig)
     assert settings.seed == 41
+
+
+@pytest.mark.parametrize("entry", DEPLOYMENTS, ids=lambda entry: entry["name"])
+def test_what_a_deployment_starts_from_is_accepted(entry: dict[str, Any]) -> None:
+    flow: Flow[..., Any] = load_flow_from_entrypoint(entry["entrypoint"])
+    given = entry.get("parameters", {})
+    # Elsewhere an evaluation has no model to start from.
+    missing = ["config"] if entry["name"] in ("evaluate-docker", "evaluate-kubernetes") else []
+    errors = validate(given, schema_of(flow))
+    assert [error.message for error in errors] == [f"'{name}' is a required property" for name in missing]
+
+
+def test_the_evaluation_one_starts_from_can_be_made(tmp_path: Path) -> None:
+    (entry,) = (entry for entry in DEPLOYMENTS if entry["name"] == "evaluate")
+    assert measurable(Evaluation.model_validate(entry["parameters"]["config"]), str(tmp_path)) == []
 
 
 def test_an_evaluation_is_a_run_of_few_stages(tmp_path: Path) -> None:

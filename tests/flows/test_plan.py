@@ -312,3 +312,27 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
     student = {"type": "huggingface", "id": "nobody/nothing"}
     (problem,) = planned(lambda data: data["models"].update(student=student)).problems
     assert problem == "models.student: id: 'nobody/nothing' is no folder here, and neither the hub nor its cache has it"
+
+
+def test_a_plan_says_where_trainings_models_lie(planned: Callable[..., Plan]) -> None:
+    def placed(**placement: Any) -> Plan:
+        return planned(lambda data: data.update(resources={"train_workers": 2, "placement": placement}))
+
+    def notes(**placement: Any) -> list[str]:
+        return [note for note in placed(**placement).notes if note.startswith(("warmup: ", "train: "))]
+
+    warmup, train = notes()
+    assert warmup.startswith("warmup: student replicated on 2 workers: ")
+    assert train.startswith("train: student replicated and teacher whole on 2 workers: ")
+    assert notes(teacher="sharded")[1].startswith("train: student replicated and teacher sharded on 2 workers: ")
+    assert placed(teacher="sharded").memory_gib < placed(teacher="whole").memory_gib
+    warmup, train = notes(worker_memory_gib=1e-6)
+    assert "which is too little: raise resources.train_workers" in warmup
+    assert "train.method {type: kd, annotated: stored} and sampling.distributions {type: top}" in train
+    # One worker that has the memory has no choice.
+    assert not planned().notes
+    one, other = (
+        [stage.fingerprint for stage in placed(**placement).stages]
+        for placement in ({}, {"teacher": "sharded", "model_share": 0.1})
+    )
+    assert one == other

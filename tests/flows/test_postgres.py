@@ -1,5 +1,6 @@
 """Prefect's server on Postgres: a throwaway cluster, the server on it, all deployments, and a flow by a worker."""
 
+import json
 import os
 import secrets
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 from machine import ROOT
 
 from flows.server import answers, environment, server_command, server_environment
@@ -21,6 +23,7 @@ from infra.process import Guarded
 
 SECONDS = 500
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 PREFECT = [sys.executable, "-m", "prefect"]
 
 
@@ -90,18 +93,18 @@ def test_a_flow_runs_on_a_server_with_postgres(postgres: str, tmp_path: Path) ->
             assert server.alive, server.tail(30)
             time.sleep(0.3)
         # As docs/operate.md has it.
-        for name, kind in (
-            ("switchyard", "process"),
-            ("switchyard-docker", "docker"),
-            ("switchyard-kubernetes", "kubernetes"),
-        ):
-            prefect("work-pool", "create", name, "--type", kind)
+        template = ("--base-job-template", "infra/kubernetes/prefect/pool.json")
+        prefect("work-pool", "create", "switchyard", "--type", "process")
+        prefect("work-pool", "create", "switchyard-docker", "--type", "docker")
+        prefect("work-pool", "create", "switchyard-kubernetes", "--type", "kubernetes", *template)
         prefect("--no-prompt", "deploy", "--all")
         prefect("deployment", "run", "reap/reap")
         command = [*PREFECT, "worker", "start", "--pool", "switchyard", "--type", "process"]
         worker = Guarded(command, tmp_path / "worker.log", client)
         api = httpx.Client(base_url=url, timeout=60)
-        assert api.post("/deployments/count", json={}).json() == 8
+        assert api.post("/deployments/count", json={}).json() == len(DEPLOYMENTS)
+        pool = api.get("/work_pools/switchyard-kubernetes").json()["base_job_template"]
+        assert pool == json.loads((ROOT / template[1]).read_text())
         assert api.get("/v2/concurrency_limits/switchyard-gpus").json()["limit"] == 8
         wanted = {"flows": {"name": {"any_": ["reap"]}}, "flow_runs": {"state": {"type": {"not_any_": ["SCHEDULED"]}}}}
         deadline = time.monotonic() + 200

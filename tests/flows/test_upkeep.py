@@ -1,6 +1,7 @@
 """What leads nowhere is garbage, what a promotion came from never is; and a row's way back is complete."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -8,12 +9,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from flows.cli import main
 from flows.record import RunRecord
-from flows.upkeep import garbage, trace, verify
+from flows.trace import trace
+from flows.upkeep import garbage, verify
 from infra.manifest import Manifest, commit_manifest, commit_part, table_entry
 from infra.store import LocalStore, Store
 from tasks import schemas
 from tasks.promoted import promote
+from tasks.replay import ReplaySettings
+from tasks.replay import run as replay
+from tasks.stage import Stage, StageSpec
 
 
 def stage(
@@ -39,12 +45,12 @@ def stage(
     return commit_manifest(store, manifest)
 
 
-def record(store: Store, *made: Manifest, state: str = "Completed") -> RunRecord:
+def record(store: Store, *made: Manifest, state: str = "Completed", number: int = 1) -> RunRecord:
     run = RunRecord(
-        run="mine-1",
+        run=f"mine-{number}",
         name="mine",
         root=store.uri,
-        config={"seed": 5},
+        config={"seed": 4 + number},
         state=state,
         stages=[{"name": each.stage, "fingerprint": each.fingerprint, "manifest": each.path} for each in made],
         touched={each.stage: each.path for each in made},
@@ -67,6 +73,63 @@ def test_what_no_run_and_no_promotion_leads_to_is_garbage(tmp_path: Path) -> Non
     for path in list(store.list("promoted")):
         store.delete(path)
     assert set(garbage(store).folders) == {lost.folder, old.folder, promoted.folder}
+
+
+def spec_of(store: Store, made: Manifest) -> None:
+    """As the runner writes it before a stage begins."""
+    spec = StageSpec(stage=made.stage, module=made.module, inputs=made.inputs, root=store.uri)
+    store.write(f"{made.folder}/spec.json", spec.model_dump_json().encode())
+
+
+def collect(monkeypatch: pytest.MonkeyPatch, store: Store, *options: str) -> int:
+    """``switchyard gc``; its exit code."""
+    monkeypatch.setattr("sys.argv", ["switchyard", "gc", "--root", store.uri, *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def test_gc_removes_garbage_and_nothing_that_a_missing_manifest_leads_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+    tables = {"kept": (schemas.KEPT, [{"row_id": "a"}])}
+    models, lost = stage(store, "models", "a"), stage(store, "keep", "e", tables=tables)
+    kept = stage(store, "keep", "b", [models], tables)
+    train = stage(store, "train", "c", [kept])
+    promoted = stage(store, "report", "d", [train])
+    promote_report(store, "mine", promoted)
+    for made in (train, promoted):
+        spec_of(store, made)
+        store.delete(made.path)  # damage made a reader forget it
+    objects = set(store.list("stages"))
+    assert collect(monkeypatch, store) == 0
+    assert set(store.list("stages")) == objects
+    assert collect(monkeypatch, store, "--yes") == 0
+    assert objects - set(store.list("stages")) == {path for path in objects if path.startswith(lost.folder)}
+    store.write(f"{train.folder}/spec.json", b"{")
+    assert collect(monkeypatch, store, "--yes") == 2
+    assert all(map(store.exists, (models.path, kept.path)))
+
+
+def test_gc_keeps_what_a_run_came_to_need_before_the_confirmation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+    wanted, lost = stage(store, "train", "b"), stage(store, "train", "c")
+
+    def agree(state: str) -> Callable[[str], bool]:
+        return lambda _: bool(record(store, wanted, state=state))
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("typer.confirm", agree("Running"))
+    assert collect(monkeypatch, store) == 2
+    assert store.exists(lost.path)
+    store.delete("runs/mine-1/run.json")
+    monkeypatch.setattr("typer.confirm", agree("Completed"))
+    assert collect(monkeypatch, store) == 0
+    assert store.exists(wanted.path)
+    assert not list(store.list(lost.folder))
 
 
 def promote_report(store: Store, name: str, report: Manifest, over: str | None = None) -> None:
@@ -126,6 +189,46 @@ def test_a_row_leads_back_to_prompt_samples_scores_and_models(tmp_path: Path) ->
         trace(store, run, "s2")
     assert found["other annotations"] == []
     assert all(not damages for _, damages in verify(store, run, repair=False))
+
+
+def test_a_replayed_row_leads_back_through_the_run_that_kept_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = LocalStore(tmp_path)
+
+    def kept(mark: str, row: str, *inputs: Manifest) -> Manifest:
+        ids = {"row_id": row, "sample_id": row, "prompt_id": f"p-{row}"}
+        rows = {"kept": (schemas.KEPT, [ids | {"token_ids": [7]}]), "scores": (schemas.SCORE, [ids | {"text": "2"}])}
+        return stage(store, "keep", mark, inputs, rows)
+
+    models = stage(store, "models", "a")
+    prompt = {"prompt_id": "p-old", "messages": [{"role": "user", "content": "1 + 1?"}]}
+    prompts = stage(store, "prompts", "b", [models], {"candidates": (schemas.PROMPT, [prompt])})
+    answer = {"prompt_id": "p-old", "sample_id": "old", "seed": 9}
+    annotate = stage(store, "annotate", "c", [prompts], {"samples": (schemas.SAMPLE, [answer])})
+    old, new = kept("d", "old", models, annotate), kept("e", "new", models)
+    record(store, models, prompts, annotate, old)
+    settings = {"share": 0.5, "draw": 2, "rows": ["keep"], "earlier": ["earlier-1"]}
+    inputs = {"models": models.path, "keep": new.path, "earlier-1": old.path}
+    spec = StageSpec(stage="replay", module="tasks.replay", root=store.uri, settings=settings, inputs=inputs)
+    drawn = Stage(spec, ReplaySettings.model_validate(settings))
+    replay(drawn)
+    run = record(store, models, new, commit_manifest(store, drawn.manifest), number=2)
+    assert "replayed from" not in trace(store, run, "new")
+    monkeypatch.setattr("sys.argv", ["switchyard", "trace", "old", "--run", run.run, "--root", store.uri])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    said = capsys.readouterr()
+    assert "replayed from" in said.out + said.err
+    found = json.loads(said.out.splitlines()[-1])
+    assert found["replayed from"] == {"run": "mine-1", "manifest": old.path}
+    assert found["teacher's answer"]["seed"] == 9
+    assert found["prompt"]["messages"][0]["content"] == "1 + 1?"
+    assert found["TA's score"]["text"] == "2"
+    store.delete(old.path)
+    with pytest.raises(ValueError, match="not there any more"):
+        trace(store, run, "old")
 
 
 def test_a_stand_in_leads_back_to_the_student_and_to_what_it_replaced(tmp_path: Path) -> None:

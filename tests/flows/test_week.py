@@ -92,6 +92,7 @@ def test_a_scheduled_run_promotes_and_the_next_finds_nothing_new(
     promoted = current(LocalStore(root), "tiny")
     assert promoted is not None
     assert second["state"]["message"].startswith("nothing new")
+    assert [first["name"], second["name"]] == ["tiny 1, 1 new file", "tiny: nothing new"]
     deadline = time.monotonic() + 60
     while not received:
         assert time.monotonic() < deadline, "the webhook heard nothing"

@@ -1,6 +1,8 @@
 """Secrets that are planted around a run, and a witness who looks for them wherever a run leaves or shows anything."""
 
 import base64
+import secrets
+import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -9,29 +11,32 @@ from typing import Self
 import psutil
 import pyarrow.parquet as pq
 
+# Of these tests alone: another checkout on this machine has other ones.
+OWN = secrets.token_hex(6)
 PLANTED = {
-    "AWS_SECRET_ACCESS_KEY": "planted/aws+secret0000000000000000000000",
-    "AWS_SESSION_TOKEN": "planted-session-token-1111111111",
-    "HF_TOKEN": "hf_planted22222222222222222222222222",
-    "OPENAI_API_KEY": "sk-planted-3333333333333333333333",
-    "PREFECT_API_AUTH_STRING": "admin:planted-password-4444444444",
+    "AWS_SECRET_ACCESS_KEY": f"planted/aws+secret000000000000{OWN}",
+    "AWS_SESSION_TOKEN": f"planted-session-token-1111111111{OWN}",
+    "HF_TOKEN": f"hf_planted222222222222222222{OWN}",
+    "OPENAI_API_KEY": f"sk-planted-3333333333{OWN}",
+    "PREFECT_API_AUTH_STRING": f"admin:planted-password-4444444444{OWN}",
 }
 RAY = "RAY_AUTH_TOKEN"
-# Where Ray heads that runs start keep what they say.
-RAY_FOLDERS = "switchyard-ray-*"
 LOOK_SECONDS = 2.0
+# Logs and settings are smaller, weights and engines' caches are not read.
+MOST_BYTES = 16 << 20
 
 
 class Witness:
-    """Watches the process list and Ray's logs while a run goes on: both are gone afterwards."""
+    """Watches the process list and temporary files, Ray's logs among them, while a run goes on: both are gone
+    afterwards. ``used``: further secrets that the run is given."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path | str, *used: str) -> None:
         self.root = root
-        self.secrets = set(PLANTED.values())
+        self.secrets = {*PLANTED.values(), *used}
         self.secrets |= {base64.b64encode(secret.encode()).decode() for secret in self.secrets}
         self.commands: set[str] = set()
         self.logs: dict[Path, bytes] = {}
-        self._before = set(Path("/tmp").glob(RAY_FOLDERS))
+        self._before = temporary()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -52,11 +57,15 @@ class Witness:
                     if str(self.root) in command and (token := process.environ().get(RAY)):
                         # Made by the run, so known from its processes only.
                         self.secrets.add(token)
-            for folder in set(Path("/tmp").glob(RAY_FOLDERS)) - self._before:
-                for file in folder.rglob("*.*"):
-                    with suppress(OSError):
-                        if file.is_file() and not file.is_symlink():
-                            self.logs[file] = file.read_bytes()
+            for place in temporary() - self._before:
+                with suppress(OSError):
+                    for file in [place, *place.rglob("*")]:
+                        self._keep(file)
+
+    def _keep(self, file: Path) -> None:
+        with suppress(OSError):
+            if file.is_file() and not file.is_symlink() and file.stat().st_size < MOST_BYTES:
+                self.logs[file] = file.read_bytes()
 
     def leaks(self, *folders: Path, said: str) -> list[str]:
         """Where a secret is to be seen. What is packed is unpacked."""
@@ -67,6 +76,11 @@ class Witness:
                 if file.is_file():
                     texts[str(file)] = unpacked(file)
         return [place for place, text in texts.items() for secret in self.secrets if secret in text]
+
+
+def temporary() -> set[Path]:
+    """What lies in the folders for temporary files: Ray's, vLLM's, Prefect's, and those of everybody else."""
+    return {entry for folder in {"/tmp", tempfile.gettempdir()} for entry in Path(folder).iterdir()}
 
 
 def unpacked(file: Path) -> str:

@@ -55,6 +55,8 @@ def test_the_image_is_pinned_staged_and_without_root() -> None:
     assert re.search(r"^ARG PYTHON=3\.11\.\d+-slim-bookworm$", text, re.M)
     assert text.rindex("USER 10001") > text.rindex("RUN ")
     assert not re.search("(TOKEN|SECRET|PASSWORD|KEY)[A-Z_]*=", text)
+    # Among the dependencies is one that comes as source.
+    assert "apt-get install -y --no-install-recommends gcc libc6-dev" in text.partition("uv pip install -r")[0]
     # What is copied is what .dockerignore lets through.
     let = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {name for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M) for name in line.split()}

@@ -46,7 +46,7 @@ def test_a_closed_table_has_no_parts_but_the_recorded(store: Store) -> None:
     # A crash between part and record leaves this; so does another process between both.
     store.write("stages/s/f/t/part-00001-0123456789abcdef.parquet", b"unrecorded")
     table = m.close_table(store, "stages/s/f", "t", ROWS.schema)
-    assert table.parts == [part]
+    assert table == m.table_entry(ROWS.schema, [part])
     assert list(store.list("stages/s/f")) == ["stages/s/f/t/00000.json", part.path]
 
 
@@ -121,6 +121,49 @@ def test_tables_are_read_in_shard_order(store: Store) -> None:
     assert m.read_rows(store, manifest, "t").equals(ROWS)
     with pytest.raises(ValueError, match="no table 'u'"):
         list(m.read_table(store, manifest, "u"))
+
+
+OTHERS = {
+    "column 'n' too many": ROWS.select(["id"]),
+    "no column 'more'": ROWS.append_column("more", pa.array([True] * 3)),
+    "column 'n' int32 instead of int64": ROWS.set_column(1, "n", ROWS["n"].cast(pa.int64())),
+    "columns in another order": ROWS.select(["n", "id"]),
+}
+
+
+@pytest.mark.parametrize(("said", "other"), OTHERS.items(), ids=list(OTHERS))
+def test_a_part_of_another_schema_is_damaged(tmp_path: Path, said: str, other: pa.Table) -> None:
+    store, manifest = LocalStore(tmp_path), make(LocalStore(tmp_path))
+    part = m.commit_part(store, manifest.folder, "t", 0, ROWS)
+    manifest.tables["t"] = m.table_entry(other.schema, [part])
+    again = m.load_manifest(store, m.commit_manifest(store, manifest).path)
+    with pytest.raises(m.DamagedError, match=rf"has another schema than its table .*{said}"):
+        m.read_rows(store, again, "t")
+    with pytest.raises(m.DamagedError, match=said):
+        m.read_part(store, again.tables["t"].parts[0], ["id"])
+
+
+def test_metadata_is_no_part_of_a_schema_and_unknown_columns_are_refused(tmp_path: Path) -> None:
+    store, manifest = LocalStore(tmp_path), make(LocalStore(tmp_path))
+    committer = m.Committer(store, manifest.folder)
+    committer.commit("t", 0, ROWS.replace_schema_metadata({"from": "somewhere"}))
+    manifest.tables["t"] = committer.close("t", ROWS.schema)
+    assert m.read_rows(store, manifest, "t").equals(ROWS)
+    with pytest.raises(ValueError, match=r"part-00000.* has no column x"):
+        m.read_part(store, manifest.tables["t"].by_shard[0], ["id", "x"])
+
+
+def test_parts_of_two_schemas_are_not_committed(tmp_path: Path) -> None:
+    other = OTHERS["column 'n' int32 instead of int64"]
+    committer = m.Committer(LocalStore(tmp_path), "stages/s/f")
+    committer.commit("t", 0, ROWS)
+    said = "table t of stages/s/f: its parts differ: column 'n' int32 instead of int64"
+    with pytest.raises(ValueError, match=said):
+        committer.commit("t", 1, other)
+    with pytest.raises(ValueError, match=said):
+        committer.close("t", other.schema)
+    committer.commit("u", 0, other)
+    assert committer.close("u", other.schema).rows == 3
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:

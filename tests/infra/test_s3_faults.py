@@ -54,6 +54,7 @@ def test_every_operation_outlives_the_fault(fault: str, proxy: FaultyProxy, stor
         store.write("a/one", b"1" * 5000)
         assert store.read("a/one") == b"1" * 5000
         assert store.create("a/two", b"first")
+        assert store.digest("a/two") == (5, hashlib.sha256(b"first").hexdigest())
         assert not store.create("a/two", b"second")
         assert store.read("a/two") == b"first"
         assert store.exists("a/one")

@@ -1,5 +1,7 @@
 """The store's two promises, atomic and exclusive, on a folder and on S3 over HTTP."""
 
+import hashlib
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +23,25 @@ def test_what_is_written_is_read(store: Store) -> None:
 def test_a_missing_object_is_file_not_found(store: Store) -> None:
     with pytest.raises(FileNotFoundError):
         store.read("nothing")
+    with pytest.raises(FileNotFoundError):
+        store.digest("nothing")
     store.delete("nothing")
+
+
+def test_a_digest_holds_a_piece_of_the_object_at_a_time(store: Store) -> None:
+    data = hashlib.shake_128(b"weights").digest(8 << 20)
+    store.write("weights", data)
+    store.digest("weights")  # what libraries load once
+    tracemalloc.start()
+    try:
+        found = store.digest("weights")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == (len(data), hashlib.sha256(data).hexdigest())
+    assert peak < len(data) // 2
+    store.write("weights", b"")
+    assert store.digest("weights") == (0, hashlib.sha256().hexdigest())
 
 
 def test_create_is_exclusive(store: Store) -> None:

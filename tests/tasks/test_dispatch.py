@@ -91,3 +91,11 @@ def test_a_replica_that_starts_again_holds_up_none(cluster: None, tmp_path: Path
     assert mapped(engines, asked) == {key: call.arguments[1] for key, call in asked.items()}
     assert engines.sizes(1) == [SIZE]
     assert sum(engines.sizes(0)) == 6 * SIZE
+
+
+def test_a_replica_gets_its_next_shard_when_the_stage_is_done_with_the_last(cluster: None, tmp_path: Path) -> None:
+    """A stage that is killed costs each engine one shard: what waited at it would be done for nobody."""
+    engines = Engines(tmp_path, {})
+    for number, _ in enumerate(Dispatch(engines, iter(calls(4).items()), None, logging.getLogger("test")).results(), 1):
+        time.sleep(0.2)
+        assert len(engines.sizes(0)) == number

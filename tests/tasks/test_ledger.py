@@ -119,10 +119,7 @@ def test_neither_account_is_exceeded_whatever_dies(data: st.DataObject) -> None:
     billed = NOTHING
 
     def opened() -> Ledger:
-        book = Ledger(store, "stages/annotate/0", caps, factor, caps)
-        for shard, amount in committed.items():
-            book.close(shard, amount)
-        return book
+        return Ledger(store, "stages/annotate/0", caps, factor, caps, committed=dict(committed))
 
     books = [opened(), opened()]
     open_calls: list[list[Reservation]] = [[], []]
@@ -171,6 +168,23 @@ def test_neither_account_is_exceeded_whatever_dies(data: st.DataObject) -> None:
         assert caps.cover(charged), (charged, caps)
         assert caps.cover(billed, factor), (billed, caps, factor)
         assert billed.within(opened().spent)
+
+
+def test_what_is_committed_is_not_held_in_memory() -> None:
+    store, count = MemoryStore(), 50
+    book = ledger(store, queries=10 * count)
+    for shard in range(10):
+        asked = book.reserve(shard, prompts(count))
+        assert asked is not None
+        if shard < 9:
+            book.settle(asked, asked.worst)
+            book.close(shard, together(asked.worst.values()))
+    again = Ledger(
+        store, book.folder, book.caps, 2.0, book.caps, committed={n: Amount(50, 500, 1000) for n in range(9)}
+    )
+    for each in (book, again):
+        assert (each.charged, each.spent) == (Amount(500, 5000, 10000),) * 2
+        assert sum(len(entry.held) for entry in each._entries.values()) == count  # of the open shard alone
 
 
 def test_the_log_lies_in_the_store(tmp_path: Path) -> None:

@@ -329,7 +329,7 @@ def test_kd_on_stored_distributions_learns_without_the_teacher(tmp_path: Path, m
         for source in ("live", "stored")
     )
     first = Loop(live, ALONE).step()["loss"]
-    monkeypatch.delattr("tasks.loop.load_model")  # the teacher's; the student has its own
+    monkeypatch.delattr("tasks.loop.load_teacher")
     loop = Loop(stored, ALONE)
     assert loop.method.teacher is None
     losses = [loop.step()["loss"] for _ in range(6)]

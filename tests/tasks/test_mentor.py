@@ -14,9 +14,10 @@ from infra.models import ModelRef
 from infra.store import LocalStore
 from kernels.codec import encode_top
 from kernels.divergence import divergence_N, forward_kl
-from tasks.batches import Sequence, collate, read_data
+from tasks.batches import Sequence, collate
 from tasks.catalogue import method_of
 from tasks.config import methods as config
+from tasks.data import read_data
 from tasks.loop import start
 from tasks.methods import with_soft_labels
 from tasks.schemas import KEPT

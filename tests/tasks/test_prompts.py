@@ -212,6 +212,7 @@ def test_refusals(runs):
     reasons = ["broken_line", "empty_prompt", "too_long", "too_long", "undecodable"]
     reasons += ["missing_field", "no_template", "duplicate"]
     refused = runs.rows(stage, "quarantine")
+    assert stage.facts["quarantined"] == len(refused) > 0
     assert [row["reason"] for row in refused] == reasons
     assert [row["position"] for row in refused] == list(range(10, 18))
     assert refused[0]["raw"] == "{broken"

@@ -400,6 +400,19 @@ def test_calibration_is_measured_on_rows_it_was_not_fitted_on(tmp_path):
     assert "after calibration" in figures[0].note
 
 
+def test_columns_and_counts_are_of_all_parts(whole):
+    run = whole[0]
+    store = open_store(str(run.root))
+    manifests = {"select": load_manifest(store, run.paths["select"])}
+    rows = read_rows(store, manifests["select"], "signals").to_pylist()
+    counts = findings.consistency(store, manifests)[0].data[0]
+    assert counts == plots.Counts((row["unique_answers"], row["correct"]) for row in rows)
+    found = findings.columns(store, manifests, ["select", "absent"], "signals", ["unique_answers", "correct"])
+    assert found["unique_answers"].tolist() == [row["unique_answers"] for row in rows]
+    known = [-1 if row["correct"] is None else int(row["correct"]) for row in rows]
+    assert np.nan_to_num(found["correct"], nan=-1).tolist() == known
+
+
 def test_settings_that_decide_no_result_are_the_runs_own() -> None:
     """Others are judged by them: with default engines these prompts would be too long."""
     folder = Path(__file__).parent.parent.parent / "configs"

@@ -1,0 +1,78 @@
+"""What docs/operate.md does on a deployment's pages, in a real browser. Whole runs are in test_operate."""
+
+from typing import Any
+
+import pytest
+from browser import Operator
+from machine import Up
+
+SECONDS = 900
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(SECONDS)]
+
+
+def open_deployment(operator: Operator, name: str) -> dict[str, Any]:
+    """Its page, from the list; what the server says of it."""
+    operator.page.goto(f"{operator.up.ui}/deployments")
+    operator.page.get_by_role("link", name=name, exact=True).first.click()
+    operator.page.get_by_role("button", name="Run", exact=True).wait_for()
+    return operator.up.deployment(name)
+
+
+def test_a_deployments_parameters_are_edited(operator: Operator, up: Up) -> None:
+    page, before = operator.page, open_deployment(operator, "distill-recurring")
+    page.locator(".p-icon-button-menu:not(.deployment-schedule__menu)").locator("visible=true").first.click()
+    page.get_by_text("Edit", exact=True).locator("visible=true").first.click()
+    operator.field("root (Optional)").locator("textarea").fill("runs/edited")
+    operator.press("Save", f"**/deployments/{up.deployment('distill-recurring')['id']}")
+    edited = up.deployment("distill-recurring")
+    assert edited["parameters"] == before["parameters"] | {"root": "runs/edited", "approved": False}
+    # The page sorts tags, too.
+    known = {name: before[name] for name in ("parameters", "tags")}
+    up.api.patch(f"/deployments/{edited['id']}", json=known).raise_for_status()
+
+
+def test_a_schedule_is_added(operator: Operator, up: Up) -> None:
+    page, id_ = operator.page, open_deployment(operator, "distill-recurring")["id"]
+    page.get_by_role("button", name="Schedule", exact=True).click()
+    form = page.locator(".p-modal")
+    form.get_by_placeholder("Enter a unique identifier").fill("nightly")
+    form.get_by_text("Cron", exact=True).click()
+    operator.shoot("schedule-form")
+    form.locator(".cron-schedule-form__column--span-3 input").fill("0 4 * * *")
+    operator.choose(form.locator(".p-select", has_text="UTC"), "Europe / Berlin", typed="Berlin")
+    operator.choose(form.locator(".p-select", has_text="Select parameters"), "root")
+    page.keyboard.press("Tab")
+    operator.field("root (Optional)").locator("textarea").fill("runs/nightly")
+    operator.press("Save", "**/schedules")
+    (added,) = (
+        schedule for schedule in up.deployment("distill-recurring")["schedules"] if schedule["slug"] == "nightly"
+    )
+    up.api.delete(f"/deployments/{id_}/schedules/{added['id']}").raise_for_status()
+    assert (added["active"], added["parameters"]) == (True, {"root": "runs/nightly"})
+    assert (added["schedule"]["cron"], added["schedule"]["timezone"]) == ("0 4 * * *", "Europe/Berlin")
+
+
+def test_a_quick_run_starts_at_once(operator: Operator, up: Up) -> None:
+    page, id_ = operator.page, open_deployment(operator, "reap")["id"]
+    page.get_by_role("button", name="Run", exact=True).click()
+    with page.expect_response("**/create_flow_run") as answered:
+        page.get_by_text("Quick run").click()
+    run = answered.value.json()
+    assert run["deployment_id"] == id_
+    assert up.wait(run["id"], seconds=SECONDS)["type"] == "COMPLETED"
+
+
+def test_a_preset_is_chosen_and_changed(operator: Operator, up: Up) -> None:
+    operator.open_form()
+    config = operator.field("config")
+    config.get_by_text("Preset", exact=True).first.click()
+    operator.choose(operator.field("Preset").locator(".p-select"), "gsm8k")
+    config.get_by_text("Add item").click()
+    operator.field("Changes (Optional)").locator("textarea").last.fill("train.steps=7")
+    operator.shoot("preset")
+    run = operator.submit()
+    assert up.ask(f"/flow_runs/{run}")["parameters"]["config"] == {"preset": "gsm8k", "changes": ["train.steps=7"]}
+    # Its files are not there: the plan says so.
+    assert up.wait(run, seconds=SECONDS)["type"] == "FAILED"
+    assert up.ask(f"/flow_runs/{run}")["name"] == "gsm8k"
+    assert "problems" in up.artifacts(run)
