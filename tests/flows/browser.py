@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import Up
+from playwright.sync_api import TimeoutError
 
 
 class Operator:
@@ -29,6 +30,17 @@ class Operator:
         """The innermost part of the form with this label."""
         title = self.page.locator(".schema-form-property__label").get_by_text(label, exact=True)
         return self.page.locator(".schema-form-property").filter(has=title).last
+
+    def take_kind(self, union: Any, kind: str, field: str) -> None:
+        """Choose one kind of a union; `field` is one that only this kind has. On a loaded machine a click once stayed
+        without effect (the page was still being built): as somebody would, one clicks again."""
+        for _ in range(10):
+            union.get_by_text(kind, exact=True).first.click()
+            try:
+                return self.field(field).wait_for(timeout=3000)
+            except TimeoutError:
+                continue
+        raise AssertionError(f"{kind!r} was chosen ten times, and {field!r} is not shown")
 
     def choose(self, select: Any, option: str, typed: str = "") -> None:
         """Open a list by its keyboard, since the click that focuses it may close it again, and choose of it."""

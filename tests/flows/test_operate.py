@@ -64,7 +64,7 @@ def start_from_form(operator: Operator, up: Up, folder: Path) -> str:
     # Another choice of a union stays chosen while its fields are filled.
     gate = operator.field("Gate (Optional)")
     gate.scroll_into_view_if_needed()
-    gate.get_by_text("Linear", exact=True).click()
+    operator.take_kind(gate, "Linear", "Floor (Optional)")
     gate.locator(".schema-form-property", has_text="Floor (Optional)").locator("input").first.fill("0.25")
     operator.shoot("form")
     run = operator.submit()

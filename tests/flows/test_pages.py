@@ -65,7 +65,7 @@ def test_a_quick_run_starts_at_once(operator: Operator, up: Up) -> None:
 def test_a_preset_is_chosen_and_changed(operator: Operator, up: Up) -> None:
     operator.open_form()
     config = operator.field("config")
-    config.get_by_text("Preset", exact=True).first.click()
+    operator.take_kind(config, "Preset", "Preset")
     operator.choose(operator.field("Preset").locator(".p-select"), "gsm8k")
     config.get_by_text("Add item").click()
     operator.field("Changes (Optional)").locator("textarea").last.fill("train.steps=7")
