@@ -18,7 +18,7 @@ from benchmarks.conditions import conditions
 from benchmarks.grid import Cell, settings
 from infra.cluster import QUIET, Cluster, stop_jobs, submit
 from infra.lease import RENEW_SECONDS, lease_path
-from infra.manifest import read_rows
+from infra.parts import read_rows
 from infra.store import Store, open_store
 from tasks import value
 from tasks.accounts import Manifests, fact, online_teacher_tokens, rows, teacher_queries

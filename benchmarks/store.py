@@ -31,7 +31,8 @@ import pyarrow.parquet as pq
 from benchmarks.conditions import conditions, options, publish
 from benchmarks.meter import Peak
 from infra.cluster import free_port
-from infra.manifest import ROW_GROUP, Committer, Manifest, commit_manifest, read_table
+from infra.manifest import Manifest, commit_manifest
+from infra.parts import ROW_GROUP, Committer, read_table
 from infra.s3 import S3Store
 from infra.store import LocalStore, Store, open_store
 from tasks.resume import storage

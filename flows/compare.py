@@ -3,7 +3,8 @@
 from typing import Any
 
 from flows.record import RunRecord
-from infra.manifest import Manifest, read_rows, read_table
+from infra.manifest import Manifest
+from infra.parts import read_rows, read_table
 from infra.store import Store
 from tasks import value
 from tasks.accounts import teacher_queries

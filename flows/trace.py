@@ -7,7 +7,8 @@ import pyarrow.compute as pc
 
 from flows.record import RunRecord
 from flows.upkeep import all_runs
-from infra.manifest import Manifest, load_manifest, read_part, read_table
+from infra.manifest import Manifest, load_manifest
+from infra.parts import read_part, read_table
 from infra.store import Store
 
 Manifests = dict[str, Manifest]

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
-from infra.manifest import Manifest, read_rows
+from infra.manifest import Manifest
+from infra.parts import read_rows
 from infra.store import Store
 from tasks.config import RunConfig
 from tasks.config.trackers import Prometheus, Trackers

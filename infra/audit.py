@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.manifest import File, Manifest, Part, Table, brief, difference, record_path
+from infra.manifest import File, Manifest, Part, Table, brief
+from infra.parts import difference, record_path
 from infra.store import Store
 
 

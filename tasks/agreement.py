@@ -5,8 +5,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from infra.manifest import read_part
 from infra.models import ModelRef
+from infra.parts import read_part
 from tasks.calls import Call
 from tasks.config.signals import Agreement
 from tasks.engines import EnginePool

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from infra.manifest import read_part
+from infra.parts import read_part
 from tasks import sample, schemas
 from tasks.foreign import InStudentTokens
 from tasks.sample import SampleSettings, slices, worded

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.manifest import Manifest, read_table
+from infra.manifest import Manifest
 from infra.mapped import Spool, joined
+from infra.parts import read_table
 from infra.store import Store
 from tasks.batches import chance
 from tasks.schemas import CHARGED, KEPT

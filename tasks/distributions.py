@@ -4,8 +4,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from infra.manifest import read_part
 from infra.models import ModelRef
+from infra.parts import read_part
 from tasks import schemas
 from tasks.config.signals import SampledTokens, TopTokens
 from tasks.connection import connected

@@ -8,7 +8,8 @@ from typing import Any
 
 import duckdb
 
-from infra.manifest import Manifest, read_table
+from infra.manifest import Manifest
+from infra.parts import read_table
 from infra.store import Store
 from tasks.dedupe import insert
 from tasks.intake import Intake

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from infra.manifest import read_part
 from infra.models import ModelRef
+from infra.parts import read_part
 from tasks import schemas
 from tasks.config.base import Config
 from tasks.config.evaluate import EvaluateConfig

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from infra.manifest import Manifest, read_rows, read_table
+from infra.manifest import Manifest
+from infra.parts import read_rows, read_table
 from infra.store import Store
 from kernels.calibration import auroc, brier
 from tasks import plots

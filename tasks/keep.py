@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from infra.manifest import read_part
+from infra.parts import read_part
 from tasks import agreement, schemas
 from tasks.calibrate import Fit, fitted
 from tasks.config.base import Config

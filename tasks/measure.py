@@ -3,7 +3,7 @@
 python -m tasks.measure --spec SPEC.json
 """
 
-from infra.manifest import read_rows
+from infra.parts import read_rows
 from tasks.config.base import Config
 from tasks.config.evaluate import EvaluateConfig
 from tasks.metrics import EVALUATION_COLUMNS, LOSS_COLUMNS, as_table, measure

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from infra.manifest import read_table
+from infra.parts import read_table
 from infra.store import Store
 from tasks import findings, overview
 from tasks.accounts import (

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from infra.manifest import Manifest, load_manifest, read_table
+from infra.manifest import Manifest, load_manifest
 from infra.models import ModelRef, load_model, local_folder
+from infra.parts import read_table
 from infra.store import Store, open_store
 from kernels.rules import evaluating
 from tasks.config.base import Config

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra.endpoint import longest
-from infra.manifest import commit_part, read_part
+from infra.parts import commit_part, read_part
 from tasks import schemas
 from tasks.config.budget import Price
 from tasks.ledger import Amount, Caps, Ledger, together

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from infra.manifest import load_manifest, read_part
+from infra.manifest import load_manifest
 from infra.models import ModelRef
+from infra.parts import read_part
 from tasks import schemas
 from tasks.config.base import Config
 from tasks.stage import Stage, main

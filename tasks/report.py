@@ -14,8 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from infra.manifest import File, read_rows
+from infra.manifest import File
 from infra.models import ModelRef
+from infra.parts import read_rows
 from tasks import schemas
 from tasks.accounts import Manifests
 from tasks.card import card

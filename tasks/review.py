@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from infra.manifest import Manifest, read_part
+from infra.manifest import Manifest
+from infra.parts import read_part
 from tasks import schemas
 from tasks.config.base import Config
 from tasks.config.signals import Confidence, PTrue

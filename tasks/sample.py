@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from infra.manifest import fingerprint, read_part
+from infra.manifest import fingerprint
 from infra.models import ModelRef
+from infra.parts import read_part
 from tasks import schemas
 from tasks.asking import Asking, Shard
 from tasks.calls import Call

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from infra.manifest import read_part, read_table
+from infra.parts import read_part, read_table
 from kernels.consistency import Consistency, consistency, rank_average
 from kernels.selection import REASONS, SELECTED, choose
 from tasks import schemas

@@ -24,6 +24,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra import manifest as manifests
+from infra import parts
 from infra.audit import forget_object
 from infra.faults import fault_of
 from infra.files import open_file
@@ -107,7 +108,7 @@ class Stage(Generic[Settings]):
         # Where a stage has a table ``quarantine``, its fact ``quarantined`` is the number of rows in it.
         self.facts = self.manifest.facts
         self._progress_at = 0.0
-        self._committer = manifests.Committer(self.store, spec.folder)
+        self._committer = parts.Committer(self.store, spec.folder)
         self._inputs: dict[str, Manifest] = {}
 
     def input(self, name: str) -> Manifest:
@@ -117,16 +118,16 @@ class Stage(Generic[Settings]):
 
     def read(self, name: str, table: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """An input's table, part by part."""
-        return manifests.read_table(self.store, self.input(name), table, columns)
+        return parts.read_table(self.store, self.input(name), table, columns)
 
     def rows(self, name: str, table: str, columns: list[str] | None = None) -> pa.Table:
         """An input's whole table in memory; only for tables that are small by nature."""
-        return manifests.read_rows(self.store, self.input(name), table, columns)
+        return parts.read_rows(self.store, self.input(name), table, columns)
 
     def done(self, table: str) -> dict[int, Part]:
         """Parts that are committed, by shard; those of an earlier attempt are not made again."""
         self.recorded()
-        return manifests.committed_parts(self.store, self.spec.folder, table)
+        return parts.committed_parts(self.store, self.spec.folder, table)
 
     def commit(self, table: str, shard: int, rows: pa.Table) -> None:
         """Commit a part; it is stored while the caller goes on, and surely once ``done`` or ``close_table`` returns."""

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.manifest import Part, read_part
+from infra.manifest import Part
+from infra.parts import read_part
 from tasks.ids import Ids
 from tasks.stage import Stage
 

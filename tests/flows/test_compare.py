@@ -8,6 +8,7 @@ import pytest
 from flows.compare import choices
 from flows.record import RunRecord
 from infra import manifest as m
+from infra import parts
 from infra.store import LocalStore
 from tasks import schemas
 
@@ -20,8 +21,10 @@ def test_signals_read_no_texts_and_count_tokens_by_source(tmp_path: Path, monkey
     def stage(name: str, table: str, rows: pa.Table, **settings: int) -> m.Manifest:
         base = {"module": "m", "version": 1, "fingerprint": "a" * 16, "inputs": {}}
         made = m.Manifest(stage=name, settings=settings, **base)
-        parts = [m.commit_part(store, made.folder, table, shard, rows.slice(4 * shard, 4)) for shard in range(2)]
-        made.tables[table] = m.table_entry(rows.schema, parts)
+        committed = [
+            parts.commit_part(store, made.folder, table, shard, rows.slice(4 * shard, 4)) for shard in range(2)
+        ]
+        made.tables[table] = parts.table_entry(rows.schema, committed)
         return m.commit_manifest(store, made)
 
     signals = [
@@ -47,13 +50,13 @@ def test_signals_read_no_texts_and_count_tokens_by_source(tmp_path: Path, monkey
     stages = [{"name": each.stage, "fingerprint": each.fingerprint, "manifest": each.path} for each in made]
     record = RunRecord(run="r", name="r", root=store.uri, config={}, stages=stages)
     asked: list[list[str] | None] = []
-    decode = m.decode_part
+    decode = parts.decode_part
 
     def noting(*arguments: object) -> pa.Table:
         asked.append(arguments[3])
         return decode(*arguments)
 
-    monkeypatch.setattr(m, "decode_part", noting)
+    monkeypatch.setattr(parts, "decode_part", noting)
     by_way = {row["signal"]: row for row in choices(store, record)}
     assert len(asked) == 6
     assert not any(columns is None or LARGE & set(columns) for columns in asked)

@@ -14,7 +14,8 @@ from flows.cycle import NothingToDo, begin, look, next_cycle
 from flows.distill import prepare
 from flows.plan import Plan, plan_run
 from flows.story import Pipeline
-from infra.manifest import Manifest, commit_manifest, load_manifest, read_rows
+from infra.manifest import Manifest, commit_manifest, load_manifest
+from infra.parts import read_rows
 from infra.store import LocalStore, Store, open_store
 from tasks.config import RunConfig
 from tasks.cycles import Cycle, Cycles, read_cycles, update

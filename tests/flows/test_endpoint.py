@@ -14,8 +14,9 @@ from annotation import Annotation
 from flows.plan import plan_run
 from flows.reach import reach
 from infra.endpoint import Endpoint, longest
-from infra.manifest import commit_manifest, read_rows
+from infra.manifest import commit_manifest
 from infra.models import ModelRef
+from infra.parts import read_rows
 from tasks.config import RunConfig
 from tasks.config.models import OpenAIModel
 from tasks.connection import connected

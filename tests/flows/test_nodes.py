@@ -19,7 +19,8 @@ import yaml
 from nodes import ROOT, Network, Node, network
 
 from benchmarks.chaos import IDS
-from infra.manifest import load_manifest, read_rows
+from infra.manifest import load_manifest
+from infra.parts import read_rows
 from infra.store import open_store
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1500)]

@@ -13,7 +13,8 @@ from flows.cli import main
 from flows.record import RunRecord
 from flows.trace import trace
 from flows.upkeep import garbage, verify
-from infra.manifest import Manifest, commit_manifest, commit_part, table_entry
+from infra.manifest import Manifest, commit_manifest
+from infra.parts import commit_part, table_entry
 from infra.store import LocalStore, Store
 from tasks import schemas
 from tasks.promoted import promote

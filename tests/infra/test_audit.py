@@ -8,16 +8,8 @@ import pyarrow as pa
 import pytest
 
 from infra.audit import damages, forget, forget_object
-from infra.manifest import (
-    DamagedError,
-    File,
-    Manifest,
-    commit_manifest,
-    commit_part,
-    committed_parts,
-    read_part,
-    table_entry,
-)
+from infra.manifest import DamagedError, File, Manifest, commit_manifest
+from infra.parts import commit_part, committed_parts, read_part, table_entry
 from infra.store import LocalStore, Store
 
 SCHEMA = pa.schema([("id", pa.string()), ("blob", pa.binary())])

@@ -17,20 +17,8 @@ from flows.cli import main
 from flows.record import RunRecord, StageRecord, load_record
 from flows.upkeep import garbage, verify
 from infra.audit import damages, forget_object
-from infra.manifest import (
-    SEAL,
-    DamagedError,
-    File,
-    Manifest,
-    close_table,
-    commit_manifest,
-    commit_part,
-    committed_parts,
-    load_manifest,
-    read_record,
-    read_rows,
-    record_path,
-)
+from infra.manifest import SEAL, DamagedError, File, Manifest, commit_manifest, load_manifest
+from infra.parts import close_table, commit_part, committed_parts, read_record, read_rows, record_path
 from infra.store import LocalStore
 from tasks.cycles import Cycle, change, read_cycles
 from tasks.promoted import current, history, promote, roll_back

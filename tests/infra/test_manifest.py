@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from infra import manifest as m
+from infra import parts
 from infra.audit import damages
 from infra.store import LocalStore, Store
 
@@ -20,33 +21,33 @@ def make(store: Store, **fields: object) -> m.Manifest:
 
 
 def test_a_part_round_trips(store: Store) -> None:
-    part = m.commit_part(store, "stages/s/f", "t", 3, ROWS)
+    part = parts.commit_part(store, "stages/s/f", "t", 3, ROWS)
     assert part.rows == 3
     assert part.path.startswith("stages/s/f/t/part-00003-")
-    assert m.read_part(store, part).equals(ROWS)
-    assert m.read_part(store, part, ["n"]).column_names == ["n"]
+    assert parts.read_part(store, part).equals(ROWS)
+    assert parts.read_part(store, part, ["n"]).column_names == ["n"]
 
 
 def test_the_second_to_commit_a_shard_adopts_the_first(store: Store) -> None:
-    first = m.commit_part(store, "stages/s/f", "t", 0, ROWS)
-    second = m.commit_part(store, "stages/s/f", "t", 0, ROWS.slice(0, 1))
+    first = parts.commit_part(store, "stages/s/f", "t", 0, ROWS)
+    second = parts.commit_part(store, "stages/s/f", "t", 0, ROWS.slice(0, 1))
     assert second == first
-    assert m.committed_parts(store, "stages/s/f", "t") == {0: first}
+    assert parts.committed_parts(store, "stages/s/f", "t") == {0: first}
 
 
 def test_an_unrecorded_part_does_not_count(store: Store) -> None:
-    part = m.commit_part(store, "stages/s/f", "t", 0, ROWS)
-    store.delete(m.record_path("stages/s/f", "t", 0))
-    assert m.committed_parts(store, "stages/s/f", "t") == {}
+    part = parts.commit_part(store, "stages/s/f", "t", 0, ROWS)
+    store.delete(parts.record_path("stages/s/f", "t", 0))
+    assert parts.committed_parts(store, "stages/s/f", "t") == {}
     assert store.exists(part.path)
 
 
 def test_a_closed_table_has_no_parts_but_the_recorded(store: Store) -> None:
-    part = m.commit_part(store, "stages/s/f", "t", 0, ROWS)
+    part = parts.commit_part(store, "stages/s/f", "t", 0, ROWS)
     # A crash between part and record leaves this; so does another process between both.
     store.write("stages/s/f/t/part-00001-0123456789abcdef.parquet", b"unrecorded")
-    table = m.close_table(store, "stages/s/f", "t", ROWS.schema)
-    assert table == m.table_entry(ROWS.schema, [part])
+    table = parts.close_table(store, "stages/s/f", "t", ROWS.schema)
+    assert table == parts.table_entry(ROWS.schema, [part])
     assert list(store.list("stages/s/f")) == ["stages/s/f/t/00000.json", part.path]
 
 
@@ -54,6 +55,7 @@ RACER = """
 import json, sys
 import pyarrow as pa
 from infra import manifest as m
+from infra import parts
 from infra.audit import damages
 from infra.store import open_store
 store, own = open_store(sys.argv[1]), sys.argv[2]
@@ -62,8 +64,8 @@ print("ready", flush=True)
 sys.stdin.readline()
 schema = pa.schema([("writer", pa.string())])
 for shard in range(12):
-    m.commit_part(store, manifest.folder, "t", shard, pa.table({"writer": [own] * 5}, schema=schema))
-manifest.tables["t"] = m.close_table(store, manifest.folder, "t", schema)
+    parts.commit_part(store, manifest.folder, "t", shard, pa.table({"writer": [own] * 5}, schema=schema))
+manifest.tables["t"] = parts.close_table(store, manifest.folder, "t", schema)
 print(m.commit_manifest(store, manifest).model_dump_json(), flush=True)
 """
 
@@ -85,18 +87,18 @@ def test_two_processes_that_race_for_a_stage_end_with_one_result(store: Store) -
     assert [racer.returncode for racer in racers] == [0, 0]
     assert first == second
     assert list(damages(store, first)) == []
-    assert m.read_rows(store, first, "t").num_rows == 60
+    assert parts.read_rows(store, first, "t").num_rows == 60
     # Nothing of the loser's is left.
-    parts = {part.path for part in first.tables["t"].parts}
-    assert {path for path in store.list(f"{first.folder}/t") if path.endswith(".parquet")} == parts
+    left = {part.path for part in first.tables["t"].parts}
+    assert {path for path in store.list(f"{first.folder}/t") if path.endswith(".parquet")} == left
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:50] + bytes([b[50] ^ 1]) + b[51:], lambda b: b""])
 def test_a_damaged_part_is_refused(store: Store, damage: object) -> None:
-    part = m.commit_part(store, "stages/s/f", "t", 0, ROWS)
+    part = parts.commit_part(store, "stages/s/f", "t", 0, ROWS)
     store.write(part.path, damage(store.read(part.path)))  # type: ignore[operator]
     with pytest.raises(ValueError, match="has other bytes"):
-        m.read_part(store, part)
+        parts.read_part(store, part)
 
 
 def test_the_first_manifest_stands(store: Store) -> None:
@@ -108,19 +110,19 @@ def test_the_first_manifest_stands(store: Store) -> None:
 
 def test_an_empty_table_keeps_its_types(store: Store) -> None:
     manifest = make(store)
-    manifest.tables["t"] = m.table_entry(ROWS.schema, [])
+    manifest.tables["t"] = parts.table_entry(ROWS.schema, [])
     again = m.load_manifest(store, m.commit_manifest(store, manifest).path)
-    assert m.read_rows(store, again, "t").schema == ROWS.schema
-    assert m.read_rows(store, again, "t", ["n"]).schema.names == ["n"]
+    assert parts.read_rows(store, again, "t").schema == ROWS.schema
+    assert parts.read_rows(store, again, "t", ["n"]).schema.names == ["n"]
 
 
 def test_tables_are_read_in_shard_order(store: Store) -> None:
     manifest = make(store)
-    parts = [m.commit_part(store, manifest.folder, "t", shard, ROWS.slice(shard, 1)) for shard in (2, 0, 1)]
-    manifest.tables["t"] = m.table_entry(ROWS.schema, parts)
-    assert m.read_rows(store, manifest, "t").equals(ROWS)
+    made = [parts.commit_part(store, manifest.folder, "t", shard, ROWS.slice(shard, 1)) for shard in (2, 0, 1)]
+    manifest.tables["t"] = parts.table_entry(ROWS.schema, made)
+    assert parts.read_rows(store, manifest, "t").equals(ROWS)
     with pytest.raises(ValueError, match="no table 'u'"):
-        list(m.read_table(store, manifest, "u"))
+        list(parts.read_table(store, manifest, "u"))
 
 
 OTHERS = {
@@ -134,28 +136,28 @@ OTHERS = {
 @pytest.mark.parametrize(("said", "other"), OTHERS.items(), ids=list(OTHERS))
 def test_a_part_of_another_schema_is_damaged(tmp_path: Path, said: str, other: pa.Table) -> None:
     store, manifest = LocalStore(tmp_path), make(LocalStore(tmp_path))
-    part = m.commit_part(store, manifest.folder, "t", 0, ROWS)
-    manifest.tables["t"] = m.table_entry(other.schema, [part])
+    part = parts.commit_part(store, manifest.folder, "t", 0, ROWS)
+    manifest.tables["t"] = parts.table_entry(other.schema, [part])
     again = m.load_manifest(store, m.commit_manifest(store, manifest).path)
     with pytest.raises(m.DamagedError, match=rf"has another schema than its table .*{said}"):
-        m.read_rows(store, again, "t")
+        parts.read_rows(store, again, "t")
     with pytest.raises(m.DamagedError, match=said):
-        m.read_part(store, again.tables["t"].parts[0], ["id"])
+        parts.read_part(store, again.tables["t"].parts[0], ["id"])
 
 
 def test_metadata_is_no_part_of_a_schema_and_unknown_columns_are_refused(tmp_path: Path) -> None:
     store, manifest = LocalStore(tmp_path), make(LocalStore(tmp_path))
-    committer = m.Committer(store, manifest.folder)
+    committer = parts.Committer(store, manifest.folder)
     committer.commit("t", 0, ROWS.replace_schema_metadata({"from": "somewhere"}))
     manifest.tables["t"] = committer.close("t", ROWS.schema)
-    assert m.read_rows(store, manifest, "t").equals(ROWS)
+    assert parts.read_rows(store, manifest, "t").equals(ROWS)
     with pytest.raises(ValueError, match=r"part-00000.* has no column x"):
-        m.read_part(store, manifest.tables["t"].by_shard[0], ["id", "x"])
+        parts.read_part(store, manifest.tables["t"].by_shard[0], ["id", "x"])
 
 
 def test_parts_of_two_schemas_are_not_committed(tmp_path: Path) -> None:
     other = OTHERS["column 'n' int32 instead of int64"]
-    committer = m.Committer(LocalStore(tmp_path), "stages/s/f")
+    committer = parts.Committer(LocalStore(tmp_path), "stages/s/f")
     committer.commit("t", 0, ROWS)
     said = "table t of stages/s/f: its parts differ: column 'n' int32 instead of int64"
     with pytest.raises(ValueError, match=said):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from faulty import FAULTS, FaultyProxy, faulty
 
-from infra import files
+from infra import files, parts
 from infra import manifest as m
 from infra.audit import damages
 from infra.s3 import S3Store
@@ -77,15 +77,15 @@ def test_every_operation_outlives_the_fault(fault: str, proxy: FaultyProxy, stor
 def test_a_stage_is_committed_once_through_the_fault(fault: str, proxy: FaultyProxy, store: S3Store) -> None:
     manifest = m.Manifest(stage="s", module="m", version=1, fingerprint="f", settings={}, inputs={})
     with proxy.failing(fault):
-        parts = [m.commit_part(store, manifest.folder, "t", shard, ROWS) for shard in range(2)]
-        assert m.committed_parts(store, manifest.folder, "t") == dict(enumerate(parts))
-        manifest.tables["t"] = m.table_entry(ROWS.schema, parts)
+        made = [parts.commit_part(store, manifest.folder, "t", shard, ROWS) for shard in range(2)]
+        assert parts.committed_parts(store, manifest.folder, "t") == dict(enumerate(made))
+        manifest.tables["t"] = parts.table_entry(ROWS.schema, made)
         committed = m.commit_manifest(store, manifest)
         # The commit whose answer was lost is this run's own; a later one adopts it.
         assert committed is manifest
         later = manifest.model_copy(update={"facts": {"later": True}})
         assert m.commit_manifest(store, later) == manifest
-        assert m.read_rows(store, committed, "t").num_rows == 6000
+        assert parts.read_rows(store, committed, "t").num_rows == 6000
         assert list(damages(store, committed)) == []
     objects = list(store.list("stages/s/f"))
     assert len(objects) == 5, objects

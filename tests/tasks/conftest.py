@@ -1,4 +1,4 @@
-"""What tests of this folder share: a small Ray whose workers import what stands here."""
+"""What tests of this folder share: one small Ray, whose workers import what stands here."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import ray
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     paths = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=paths)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from infra.engine import ANSWERS
-from infra.manifest import read_part
+from infra.parts import read_part
 from tasks import schemas
 from tasks.asking import Asking, Shard, Wave
 from tasks.calls import Call

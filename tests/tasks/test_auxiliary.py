@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 
 from infra.engine import ANSWERS
-from infra.manifest import commit_manifest, read_rows
+from infra.manifest import commit_manifest
 from infra.models import ModelRef
+from infra.parts import read_rows
 from tasks import auxiliary, schemas
 from tasks.auxiliary import AuxiliarySettings
 from tasks.calls import Call

@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from infra.manifest import commit_manifest, read_rows
+from infra.manifest import commit_manifest
 from infra.models import ModelRef
+from infra.parts import read_rows
 from infra.store import LocalStore
 from kernels.calibration import isotonic
 from tasks import schemas

@@ -16,8 +16,8 @@ import pytest
 import ray
 
 from infra.engine import ANSWERS, EngineSpec
-from infra.manifest import read_rows
 from infra.models import ModelRef
+from infra.parts import read_rows
 from tasks.calls import Call
 from tasks.config.signals import Keep
 from tasks.engines import EnginePool

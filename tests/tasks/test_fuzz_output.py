@@ -18,7 +18,8 @@ from flows.console import PlainConsole
 from flows.display import TerminalDisplay
 from flows.tables import facts_table, trace_table
 from infra.endpoint import answer_of, seconds, tokens
-from infra.manifest import Manifest, commit_part, read_part
+from infra.manifest import Manifest
+from infra.parts import commit_part, read_part
 from infra.store import LocalStore
 from infra.terminal import visible
 from kernels.consistency import consistency

@@ -6,8 +6,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from infra.manifest import commit_manifest, read_rows
+from infra.manifest import commit_manifest
 from infra.models import ModelRef
+from infra.parts import read_rows
 from infra.store import LocalStore
 from tasks import agreement, schemas
 from tasks.config.signals import Agreement

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from infra.manifest import commit_manifest, load_manifest, read_rows
+from infra.manifest import commit_manifest, load_manifest
 from infra.models import ModelRef
+from infra.parts import read_rows
 from infra.store import LocalStore
 from tasks import schemas
 from tasks.accounts import accounts, funnel, in_order, title

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from infra.files import content_id
-from infra.manifest import Manifest, commit_manifest, load_manifest, read_rows
+from infra.manifest import Manifest, commit_manifest, load_manifest
 from infra.models import ModelRef
+from infra.parts import read_rows
 from infra.store import open_store
 from tasks import dedupe, prompts, schemas
 from tasks.dedupe import band_width, content_hash, jaccard, shingles

@@ -3,7 +3,8 @@
 import pyarrow as pa
 import pytest
 
-from infra.manifest import Manifest, commit_manifest, commit_part, read_rows, table_entry
+from infra.manifest import Manifest, commit_manifest
+from infra.parts import commit_part, read_rows, table_entry
 from infra.store import LocalStore
 from tasks import schemas
 from tasks.replay import ReplaySettings, run

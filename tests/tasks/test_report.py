@@ -15,7 +15,8 @@ import pytest
 from huggingface_hub import ModelCard
 from synthetic_run import HOSTILE, HOSTILE_NAME, SyntheticRun
 
-from infra.manifest import load_manifest, read_rows
+from infra.manifest import load_manifest
+from infra.parts import read_rows
 from infra.store import open_store
 from tasks import accounts, findings, page, plots
 from tasks.card import plain

@@ -1,12 +1,16 @@
 """Training continues from a checkpoint that is whole, or from none."""
 
+import itertools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from infra.s3 import S3Store
 from infra.store import LocalStore, Store
 from tasks.resume import LIST, newest, seal, sealed, storage, tidy
+from tests.infra.faulty import Exchange, faulty, pass_on
 
 
 def upload(store: Store, folder: Path, name: str, step: int) -> None:
@@ -67,3 +71,32 @@ def test_a_stage_that_never_saved_starts_at_its_beginning(tmp_path: Path) -> Non
     tidy(system, place, keep=2)
     with newest(system, place) as folder:
         assert folder is None
+
+
+def test_a_checkpoint_goes_to_s3_in_parallel_parts(
+    s3_server: str, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray Train sends it: parts of 10 MiB, the next while the last is on its way."""
+    from ray.train.v2._internal.execution.storage import _upload_to_fs_path
+
+    (tmp_path / "checkpoint").mkdir()
+    size = 30 << 20
+    with (tmp_path / "checkpoint" / "weights.safetensors").open("wb") as file:
+        file.truncate(size)
+    parts, two, waited = itertools.count(1), threading.Event(), []
+
+    def held(exchange: Exchange) -> None:
+        """The first part's answer waits until a second has come."""
+        if "partNumber=" in exchange.path:
+            if next(parts) == 2:
+                two.set()
+            waited.append(two.wait(30))
+        pass_on(exchange)
+
+    with faulty(s3_server) as proxy:
+        proxy.fault, proxy.always = held, True
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        system, place = storage(S3Store(s3_bucket, "prefix"), "checkpoints/checkpoint_1")
+        _upload_to_fs_path(str(tmp_path / "checkpoint"), system, place)
+        assert system.get_file_info(f"{place}/weights.safetensors").size == size
+    assert waited == [True, True, True]

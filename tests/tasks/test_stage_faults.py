@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from infra.audit import damages
-from infra.manifest import Manifest, committed_parts, load_manifest, read_rows
+from infra.manifest import Manifest, load_manifest
+from infra.parts import committed_parts, read_rows
 from infra.store import LocalStore
 from tasks.stage import MARK, StageSpec
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from toys import EOS, commit_inputs, kept_rows, save_model, stage_of
 from transformers import AutoModelForCausalLM
 
-from infra.manifest import read_rows
+from infra.parts import read_rows
 from infra.s3 import S3Store
 from infra.store import LocalStore
 from tasks.loop import Loop, proceed, start
@@ -38,15 +38,6 @@ SWITCH = {"type": "switch", "max_new_tokens": 10, "block": 4}
 MINILLM = {"type": "minillm", "max_new_tokens": 10, "block": 4, "collected_batches": 1, "epochs": 2}
 DISTILLM = {"type": "distillm", "max_new_tokens": 10, "first_share": 0.7, "capacity": 5}
 SHORT = {"steps": 6, "micro_batch": 4, "validate_every": 3, "checkpoint_every": 2, "learning_rate": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """SWITCH inside vLLM: the torch decoder's tokens, and the torch decoder where that cannot be had."""
 
 import logging
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from toys import commit_inputs, kept_rows, save_model, stage_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tasks.vllm_decode
-from infra.manifest import read_rows
+from infra.parts import read_rows
 from infra.store import LocalStore
 from kernels.decode import Rollout, Sampling, blockwise
 from kernels.gate import Adaptive, Coin, Constant, ExponentialDecay
@@ -171,16 +170,6 @@ def test_one_line_says_why_the_torch_decoder_runs(
     (record,) = caplog.records
     assert record.getMessage().startswith("decoder vllm is not used, blockwise decodes in torch: ")
     assert says in record.getMessage()
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    import ray
-
-    pytest.importorskip("vllm")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def compared(decoder: InVllm, student: Any, teacher: Any, gate: Any, prompts: Any, keys: Any, **asked: Any) -> float:
