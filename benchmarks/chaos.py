@@ -30,19 +30,9 @@ import psutil
 import pyarrow.parquet as pq
 
 from benchmarks.conditions import conditions, options, publish
-from infra.process import TOKEN
 from tests.flows import tiny
+from tests.flows.kills import kinds
 
-# By kind: what stands on a process's command line.
-KINDS = {
-    "job": "-m tasks.",
-    "engine room": "-m infra.engine_room",
-    "engine": "ray::Engine",
-    "training worker": "ray::RayTrainWorker",
-    "Ray head": "gcs_server",
-    "raylet": "raylet/raylet",
-    "Prefect's server": "prefect server start",
-}
 IDS = ("source", "sample_id", "row_id", "prompt_id", "sample_index", "label", "step", "position")
 RUN_SECONDS = 1800.0
 # A kill falls so many seconds after a commit at most: in the middle of something, or where something starts.
@@ -106,12 +96,8 @@ class Chaos:
     def kill(self, run: subprocess.Popen[str]) -> None:
         """``kill -9`` of one process of a random kind, of those that are there."""
         found: dict[str, list[psutil.Process]] = {"flow": [psutil.Process(run.pid)]}
-        for process in family(run.pid):
-            with suppress(psutil.Error):
-                line = " ".join(process.cmdline())
-                for kind, mark in KINDS.items():
-                    if mark in line and "infra.process" not in line:
-                        found.setdefault(kind, []).append(process)
+        for kind, process in kinds(run.pid):
+            found.setdefault(kind, []).append(process)
         kind = self.random.choice(sorted(found))
         with suppress(psutil.NoSuchProcess):
             self.random.choice(found[kind]).kill()
@@ -122,23 +108,6 @@ class Chaos:
 def committed(root: Path) -> int:
     """Commit records and manifests that stand."""
     return sum(1 for _ in root.glob("stages/**/*.json"))
-
-
-def family(flow: int) -> list[psutil.Process]:
-    """Everything that a run started: its guards hand a token down."""
-    tokens = set()
-    with suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(flow).children():
-            with suppress(psutil.Error):
-                line = child.cmdline()
-                if "infra.process" in line:
-                    tokens.add(line[line.index("infra.process") + 1])
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get(TOKEN) in tokens:
-                found.append(process)
-    return found
 
 
 def wait_until_gone(flow: int, root: Path) -> None:

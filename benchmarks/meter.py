@@ -9,9 +9,9 @@ def _kib(field: str) -> int:
 
 
 class Peak:
-    """Within a ``with`` block: how many bytes the process grew by at most, over what it held at the start (Linux)."""
+    """Within a ``with`` block: the most bytes that the process held, and how many more than at the start (Linux)."""
 
-    extra = 0
+    most = extra = 0
 
     def __enter__(self) -> Self:
         with open("/proc/self/clear_refs", "w") as reset:
@@ -20,4 +20,5 @@ class Peak:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.extra = 1024 * (_kib("VmHWM") - self._before)
+        self.most = 1024 * _kib("VmHWM")
+        self.extra = self.most - 1024 * self._before

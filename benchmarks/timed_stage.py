@@ -5,7 +5,6 @@ python -m benchmarks.timed_stage --spec SPEC.json
 """
 
 import os
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import ray
 from pydantic import Field
 
 import tasks.sample
+from benchmarks.meter import Peak
 from benchmarks.timed_engine import TimedRoom
 from infra.process import TOKEN
 from infra.store import LocalStore
@@ -94,10 +94,11 @@ def run(stage: Stage[TimedSettings]) -> None:
             yield TimedAccess(stage, opened)
 
         tasks.sample.engines = timed  # type: ignore[assignment]
-        tasks.sample.run(stage)  # type: ignore[arg-type]
+        with Peak() as peak:
+            tasks.sample.run(stage)  # type: ignore[arg-type]
         stage.facts["head_cpu_seconds"] = round(head_seconds() - before, 2)
     stage.facts["requests"] = dict(requests)
-    stage.facts["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    stage.facts["peak_mib"] = round(peak.most / 2**20, 1)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What tests of this folder share: a machine with everything up, as ``switchyard up`` leaves it, and a browser."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ import pytest
 import tiny
 from browser import Operator
 from machine import Up
+from whole import Finished, finish, start
+from witness import PLANTED, Witness
 
 from infra.process import marked
 
@@ -53,3 +56,12 @@ def page() -> Iterator[Any]:
 def operator(page: Any, up: Up, tmp_path_factory: pytest.TempPathFactory) -> Operator:
     given = os.environ.get("SCREENSHOTS")
     return Operator(page, up, Path(given) if given else tmp_path_factory.mktemp("screenshots"))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny.write_config(folder)
+    with Witness(folder / "root") as witness:
+        result = finish(start(config, folder / "root", said=folder / "said.txt", **PLANTED))
+    return Finished(config, folder / "root", result, witness, (folder / "said.txt").read_text() + json.dumps(result))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
-from test_run import COMMAND, ROOT, SECONDS, processes_of
+from whole import COMMAND, ROOT, SECONDS, processes_of
 
 
 @pytest.mark.long

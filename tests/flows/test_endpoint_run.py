@@ -10,7 +10,7 @@ import pytest
 import served
 import tiny
 import yaml
-from test_run import COMMAND, ROOT, SECONDS, finish, ids, start
+from whole import COMMAND, ROOT, SECONDS, finish, ids, start
 from witness import PLANTED, Witness
 
 KEY_VARIABLE = "SWITCHYARD_TEST_KEY"

@@ -8,7 +8,7 @@ import duckdb
 import pytest
 import tiny
 import yaml
-from test_run import finish, ids, start
+from whole import finish, ids, start
 
 # Between what these two random models give each other's answers: all of one are kept, none of the other's.
 THRESHOLD = 0.75

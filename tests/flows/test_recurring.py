@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import yaml
-from test_run import COMMAND, ROOT, SECONDS, finish, kill, start, wait_for_stage
+from whole import COMMAND, ROOT, SECONDS, finish, kill, start, wait_for_stage
 
 from infra.store import LocalStore
 from tasks.cycles import read_cycles

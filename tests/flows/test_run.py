@@ -1,101 +1,16 @@
-"""A whole run with every real part (Prefect, Ray, vLLM, Ray Train) on a tiny model: once through, again, and killed."""
+"""A whole run with every real part (Prefect, Ray, vLLM, Ray Train) on a tiny model: once through, and again."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import httpx
-import psutil
 import pytest
-import tiny
 from served import KEY, NAME, vllm_server
-from witness import PLANTED, Witness
-
-ROOT = Path(__file__).parent.parent.parent
-SECONDS = 1800
-COMMAND = [sys.executable, "-m", "flows.cli"]
-
-
-def start(
-    config: Path, root: Path | str, *options: str, said: Path | None = None, **variables: str
-) -> subprocess.Popen[str]:
-    """``said``: where to put what it tells a person; absent: to this process's stderr."""
-    command = [*COMMAND, "run", str(config), "--root", str(root), "--json", *options]
-    environment = {**os.environ, **variables, "SWITCHYARD_HOME": str(config.parent / "home")}
-    # Where these tests run in the background, Ctrl-C is ignored, and children would inherit that.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with said.open("w") if said else nullcontext() as stderr:
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": stderr}
-        return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, preexec_fn=heed, **pipes)
-
-
-def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    output, _ = process.communicate(timeout=SECONDS)
-    result: dict[str, Any] = json.loads(output.splitlines()[-1])
-    assert process.returncode == 0, result
-    return result
-
-
-def wait_for_stage(root: Path, stage: str, pattern: str, count: int = 1) -> None:
-    """Return when so many files of the stage's outputs are there."""
-    deadline = time.monotonic() + SECONDS
-    while len(list(root.glob(f"stages/{stage}/*/{pattern}"))) < count:
-        assert time.monotonic() < deadline, f"{stage} did not start"
-        time.sleep(0.1)
-
-
-def processes_of(root: Path) -> list[str]:
-    """Command lines of everything that still works for a run on this root."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if str(root) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue
-    return found
-
-
-def ids(root: Path, stage: str, table: str, column: str, fingerprint: str = "*") -> list[str]:
-    import duckdb
-
-    paths = f"{root}/stages/{stage}/{fingerprint}/{table}/*.parquet"
-    return [row[0] for row in duckdb.sql(f"SELECT {column} FROM '{paths}' ORDER BY 1").fetchall()]  # noqa: S608
-
-
-def fingerprints(result: dict[str, Any]) -> dict[str, str]:
-    return {stage["name"]: stage["fingerprint"] for stage in result["stages"]}
-
-
-def kill(process: subprocess.Popen[str], root: Path) -> None:
-    """``kill -9`` of the flow; returns when nothing of the run is left."""
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 60
-    while processes_of(root):
-        assert time.monotonic() < deadline, processes_of(root)
-        time.sleep(0.2)
-
-
-class Finished:
-    def __init__(self, config: Path, root: Path, result: dict[str, Any], witness: Witness, said: str) -> None:
-        self.config, self.root, self.result, self.witness, self.said = config, root, result, witness, said
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("run")
-    config = tiny.write_config(folder)
-    with Witness(folder / "root") as witness:
-        result = finish(start(config, folder / "root", said=folder / "said.txt", **PLANTED))
-    return Finished(config, folder / "root", result, witness, (folder / "said.txt").read_text() + json.dumps(result))
+from whole import COMMAND, ROOT, SECONDS, Finished, finish, ids, start
+from witness import PLANTED
 
 
 def test_no_secret_is_to_be_seen(finished: Finished) -> None:
@@ -248,39 +163,6 @@ def test_every_query_is_charged_once(finished: Finished) -> None:
     assert set(ids(finished.root, "annotate", "queries", "reason")) == {"answered"}
 
 
-@pytest.mark.timeout(3 * SECONDS)
-def test_an_interrupted_and_killed_redo_continues_to_the_same_rows(finished: Finished) -> None:
-    root = finished.root
-    # Training will meet a part that is not as it was committed: keep makes it anew, and the run goes on.
-    # It is damaged before the redo, for a training that continues from its last step reads no rows.
-    (part,) = root.glob("stages/keep/*/kept/part-00000-*.parquet")
-    part.write_bytes(part.read_bytes()[:-1] + b"?")
-    interrupted = start(finished.config, root, "--from", "train")
-    # The finished stage has no checkpoints left, so these are the redone one's.
-    wait_for_stage(root, "train", "checkpoints/checkpoint*")
-    interrupted.send_signal(signal.SIGINT)
-    interrupted.wait(timeout=120)
-    assert interrupted.returncode == 130
-    assert processes_of(root) == []
-
-    killed = start(finished.config, root)
-    deadline = time.monotonic() + SECONDS
-    while len(list(root.glob("stages/evaluate-after/*/spec.json"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    kill(killed, root)
-
-    result = finish(start(finished.config, root))
-    again = {stage["name"] for stage in result["stages"] if not stage["reused"]}
-    assert again == {"evaluate-after", "report"}
-    verified = subprocess.run([*COMMAND, "verify", "tiny", "--root", str(root)], cwd=ROOT)
-    assert verified.returncode == 0
-    before, after = fingerprints(finished.result), fingerprints(result)
-    assert {name for name in before if before[name] != after[name]} == {"train", "evaluate-after", "report"}
-    for stage, table, column in (("train", "steps", "step"), ("evaluate-after", "evaluations", "prompt_id")):
-        assert ids(root, stage, table, column, after[stage]) == ids(root, stage, table, column, before[stage])
-
-
 @pytest.mark.long
 @pytest.mark.timeout(SECONDS)
 def test_a_deep_plan_compares_engines_with_training_models(finished: Finished) -> None:
@@ -299,27 +181,3 @@ def test_a_deep_plan_compares_engines_with_training_models(finished: Finished) -
     assert strict.returncode == 2
     assert "train.parity" in strict.stderr.splitlines()[-1]
     assert "Traceback" not in strict.stderr
-
-
-@pytest.mark.long
-@pytest.mark.timeout(3 * SECONDS)
-def test_a_run_killed_in_every_stage_continues_to_the_same_rows(finished: Finished, tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    for stage in fingerprints(finished.result):
-        killed = start(finished.config, root)
-        wait_for_stage(root, stage, "spec.json")
-        time.sleep(1)
-        kill(killed, root)
-    result = finish(start(finished.config, root))
-    made = fingerprints(finished.result)
-    assert fingerprints(result) == made
-    for name, table, column in (
-        ("warmup-annotate", "samples", "sample_id"),
-        ("student-sample", "samples", "sample_id"),
-        ("annotate", "samples", "prompt_id"),
-        ("keep", "scores", "prompt_id"),
-        ("train", "steps", "step"),
-        ("evaluate-after", "evaluations", "prompt_id"),
-    ):
-        # Another test may have redone stages beside the first ones.
-        assert ids(root, name, table, column) == ids(finished.root, name, table, column, made[name]), name

@@ -10,7 +10,7 @@ import pyarrow.dataset as ds
 import pyarrow.fs
 import pytest
 import tiny
-from test_run import COMMAND, ROOT, SECONDS, finish, start
+from whole import COMMAND, ROOT, SECONDS, finish, start
 from witness import PLANTED, Witness
 
 

@@ -9,7 +9,7 @@ import duckdb
 import pytest
 import tiny
 import yaml
-from test_run import COMMAND, ROOT, finish, start
+from whole import COMMAND, ROOT, finish, start
 
 HERE = Path(__file__).parent
 
