@@ -48,22 +48,23 @@ check: env
 	$(BIN)/python -m pytest tests/test_layers.py tests/test_unsafe.py
 	@$(MAKE) --no-print-directory audit UNREACHABLE=0
 
-# Known vulnerabilities of what is installed, but for those that audit.txt accepts. Asks api.osv.dev: where that is not
-# reached nothing was audited, which fails here and is said in `make check`.
+# Known vulnerabilities of what is installed, but for those that audit.txt accepts. Asks api.osv.dev, or a mirror of it:
+# where that is not reached nothing was audited, which fails here and is said in `make check`.
+OSV_URL ?= https://api.osv.dev/v1/query
+ACCEPTED ?= audit.txt
 audit: env
-	@accepted=$$($(BIN)/python -m infra.advisories audit.txt) || exit 1; \
-	said=$$($(BIN)/uv tool run --quiet --from 'pip-audit>=2.9,<3' pip-audit --vulnerability-service osv \
+	@accepted=$$($(BIN)/python -m infra.advisories $(ACCEPTED)) || exit 1; \
+	said=$$($(BIN)/uv tool run --quiet --from 'pip-audit>=2.9,<3' pip-audit --vulnerability-service osv --osv-url $(OSV_URL) \
 		--progress-spinner off --skip-editable --path "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" \
 		$$accepted 2>&1) && echo "audit: $$(grep -m1 -i vulnerabilit <<<"$$said")" || { \
 		grep -qE 'ConnectionError|ConnectTimeout|ReadTimeout|Failed to fetch|No solution found' <<<"$$said" || \
 			{ echo "$$said"; exit 1; }; \
-		echo "audit: not done, api.osv.dev or pip-audit is not reached: $$(tail -1 <<<"$$said" | cut -c1-120)" >&2; \
+		echo "audit: not done, $(OSV_URL) or pip-audit is not reached: $$(tail -1 <<<"$$said" | cut -c1-120)" >&2; \
 		exit $(or $(UNREACHABLE),1); }
 
 bench: env
 	@for name in divergence switch_decode switch_step teacher_codec store sampling orchestration; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
 
-# The models of benchmarks/methods.py; made ones are committed. About an hour of one core.
 # Both pictures of a run in Prefect's UI, as their test takes them: about ten minutes.
 screenshots: env
 	mkdir -p test-output
@@ -71,6 +72,7 @@ screenshots: env
 	cp test-output/form.png docs/operate-form.png
 	cp test-output/running.png docs/operate-run.png
 
+# The models of benchmarks/methods.py; made ones are committed. About an hour of one core.
 house-models: env
 	$(BIN)/python -m benchmarks.house
 

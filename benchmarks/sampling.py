@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.conditions import conditions, options, publish
 from benchmarks.parts import spans, summary, traced_run
@@ -28,6 +28,13 @@ from tasks.stage import Stage, StageSpec
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 STAGE = "student-sample"
+
+
+class Speed(NamedTuple):
+    """Of one round, a second."""
+
+    rows: float
+    tokens: float
 
 
 class Bare:
@@ -74,11 +81,11 @@ class Bare:
                         )
                     )
 
-    def tokens_per_second(self) -> float:
+    def speed(self) -> Speed:
         began = time.perf_counter()
         outputs = self.llm.generate(self.prompts, self.parameters, use_tqdm=False)
         seconds = time.perf_counter() - began
-        return sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+        return Speed(len(outputs) / seconds, sum(len(output.outputs[0].token_ids) for output in outputs) / seconds)
 
 
 def stage_of(root: Path, number: int) -> Stage[SampleSettings]:
@@ -90,14 +97,15 @@ def stage_of(root: Path, number: int) -> Stage[SampleSettings]:
     return Stage(again, SampleSettings.model_validate(spec.settings))
 
 
-def ours(root: Path, number: int) -> float:
-    """Tokens per second of the whole stage, from its first read to its manifest."""
+def ours(root: Path, number: int) -> Speed:
+    """The whole stage, from its first read to its manifest."""
     stage = stage_of(root, number)
     began = time.perf_counter()
     run(stage)
     commit_manifest(stage.store, stage.manifest)
     seconds = time.perf_counter() - began
-    return float(stage.facts["completion_tokens"] / seconds)
+    rows = stage.manifest.tables["samples"].rows
+    return Speed(rows / seconds, stage.facts["completion_tokens"] / seconds)
 
 
 def throughput(run_root: Path, rounds: int) -> dict[str, Any]:
@@ -114,20 +122,23 @@ def throughput(run_root: Path, rounds: int) -> dict[str, Any]:
         try:
             room = open_room()
             bare = Bare(stage_of(root, 0))
-            found: dict[str, list[float]] = {"ours": [], "bare": []}
+            found: dict[str, list[Speed]] = {"ours": [], "bare": []}
             for number in range(rounds + 1):
-                pair = {"ours": ours(root, 1000 + number), "bare": bare.tokens_per_second()}
+                pair = {"ours": ours(root, 1000 + number), "bare": bare.speed()}
                 if number:
                     for side, speed in pair.items():
                         found[side].append(speed)
             del room
         finally:
             ray.shutdown()
-    middle = {side: statistics.median(speeds) for side, speeds in found.items()}
+    middle = {side: statistics.median(speed.tokens for speed in speeds) for side, speeds in found.items()}
     return {
         "throughput_ratio": round(middle["ours"] / middle["bare"], 3),
         "rows": len(bare.prompts),
-        "tokens_per_second": {side: [round(speed, 1) for speed in speeds] for side, speeds in found.items()},
+        **{
+            f"{unit}_per_second": {side: [round(getattr(speed, unit), 1) for speed in found[side]] for side in found}
+            for unit in Speed._fields
+        },
     }
 
 
