@@ -3,8 +3,9 @@
 Every moment from the start of ``switchyard run`` to its end belongs to one part. What engines and training workers do
 is noted in their own processes (``timed_site/sitecustomize.py``), the rest follows from specs and manifests:
 
-- start-up: Prefect's server and Ray's head before the first stage; from a job's submission to its stage's first line;
-  imports; connecting to Ray; loading an engine; from the beginning of a training stage until its workers begin;
+- start-up, in kinds: Prefect's server and Ray's head, before the first stage; jobs, from submission to their stage's first
+  line, and connecting to Ray; imports; engines, while they load; training workers, from a training stage's beginning to
+  theirs;
 - between stages: from a manifest to the next stage's submission; at the end until the command returns;
 - store: waiting for parts, files and manifests to be committed;
 - the rest of a stage, by its name where it has no engine and no training.
@@ -23,10 +24,12 @@ from typing import Any, NamedTuple
 from infra.manifest import Manifest
 
 # Where several parts go on at once, the first of these is meant.
-FIRST = ("engines", "training", "start-up", "store")
+START_UP = "start-up"
+KINDS = ("engines", "training workers", "imports", "Prefect and Ray", "jobs")
+FIRST = ("engines", "training", *(f"{START_UP}: {kind}" for kind in KINDS), "store")
 SITE = Path(__file__).parent / "timed_site"
 # Parts that are not overhead.
-WORK = ("engines", "training", "start-up")
+WORK = ("engines", "training", START_UP)
 
 
 class Span(NamedTuple):
@@ -58,13 +61,13 @@ def spans(root: Path, trace: Path) -> list[Span]:
         stages.append((submitted, Manifest.model_validate_json(path.read_text())))
     stages.sort(key=lambda stage: stage[0])
     began, ended = json.loads((trace / "run.json").read_text())
-    found.append(Span("start-up", began, stages[0][0]))
+    found.append(Span(f"{START_UP}: Prefect and Ray", began, stages[0][0]))
     for number, (submitted, manifest) in enumerate(stages):
         assert manifest.finished
         start, end = manifest.started.timestamp(), manifest.finished.timestamp()
-        found.append(Span("start-up", submitted, start))
+        found.append(Span(f"{START_UP}: jobs", submitted, start))
         if manifest.module == "tasks.train":
-            found.append(Span("start-up", start, min(at for at in training if at > start)))
+            found.append(Span(f"{START_UP}: training workers", start, min(at for at in training if at > start)))
         inside = any(span.part in ("engines", "training") and start < span.end < end for span in found)
         found.append(Span("stages around engines and training" if inside else manifest.stage, start, end))
         found.append(Span("between stages", end, stages[number + 1][0] if number + 1 < len(stages) else ended))
@@ -89,9 +92,13 @@ def overhead_share(seconds: dict[str, float]) -> float:
 
 
 def summary(found: list[Span]) -> dict[str, Any]:
-    seconds = parts(found)
+    fine = parts(found)
+    start_up = {part.partition(": ")[2]: took for part, took in fine.items() if part.startswith(START_UP)}
+    seconds = {part: took for part, took in fine.items() if not part.startswith(START_UP)}
+    seconds = {START_UP: round(sum(start_up.values()), 1), **seconds}
     return {
         "overhead_share": round(overhead_share(seconds), 4),
         "parts": seconds,
+        "start_up": start_up,
         "seconds": round(sum(seconds.values()), 1),
     }

@@ -164,6 +164,7 @@ def main() -> None:
     print(f"{100 * result['overhead_share']:.1f} % of {result['seconds']} s outside engines, training and start-up:")
     for part, seconds in result["parts"].items():
         print(f"  {part}: {seconds} s")
+    print("start-up: " + ", ".join(f"{kind} {seconds} s" for kind, seconds in result["start_up"].items()))
     publish("sampling", result, arguments)
 
 

@@ -17,14 +17,14 @@ IMPORT_SECONDS = 0.05
 # By module: what is timed in it, and which part of a run's time that is.
 TIMED = {
     "infra.engine": {
-        "Engine.__init__": "start-up",
+        "Engine.__init__": "start-up: engines",
         "Engine.generate": "engines",
         "Engine.choice": "engines",
         "Engine.mean_logprob": "engines",
     },
     "infra.manifest": {"commit_manifest": "store"},
     "tasks.loop": {"train": "training"},
-    "tasks.connection": {"connected": "start-up"},
+    "tasks.connection": {"connected": "start-up: jobs"},
     "tasks.stage": dict.fromkeys(
         ("Stage.recorded", "Stage.done", "Stage.close_table", "Stage.write_table", "Stage.add_files"), "store"
     ),
@@ -96,7 +96,7 @@ class Imports(threading.local):
         finally:
             self.inside = False
             if time.time() - start > IMPORT_SECONDS:
-                note("start-up", start)
+                note("start-up: imports", start)
 
 
 if TRACE:
