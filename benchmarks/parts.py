@@ -3,7 +3,7 @@
 Every moment from the start of ``switchyard run`` to its end belongs to one part. What engines and training workers do
 is noted in their own processes (``timed_site/sitecustomize.py``), the rest follows from specs and manifests:
 
-- start-up, in kinds: Prefect's server and Ray's head, before the first stage; jobs, from submission to their stage's first
+- start-up, in kinds: Prefect's server and Ray's head, before the first stage; jobs, from submission to a stage's first
   line, and connecting to Ray; imports; engines, while they load; training workers, from a training stage's beginning to
   theirs;
 - between stages: from a manifest to the next stage's submission; at the end until the command returns;
@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 from infra.manifest import Manifest
 
-# Where several parts go on at once, the first of these is meant.
 START_UP = "start-up"
 KINDS = ("engines", "training workers", "imports", "Prefect and Ray", "jobs")
+# Where several parts go on at once, the first of these is meant.
 FIRST = ("engines", "training", *(f"{START_UP}: {kind}" for kind in KINDS), "store")
 SITE = Path(__file__).parent / "timed_site"
 # Parts that are not overhead.

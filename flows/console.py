@@ -1,5 +1,6 @@
 """The terminal of the command line: what is shown there is read, and does nothing."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,18 @@ class PlainConsole(Console):
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+def outlive_readers() -> None:
+    """A run goes on when whoever read its lines is gone, such as a worker that was killed. Rich, by which Prefect shows
+    its logs, would end the process at the next line."""
+    Console.on_broken_pipe = unheard  # type: ignore[method-assign,assignment]
+
+
+def unheard(console: Console) -> None:
+    console.quiet = True
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), console.file.fileno())
 
 
 # Stdout is for results.

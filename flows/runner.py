@@ -19,6 +19,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.artifacts import publish, summarise
+from flows.console import outlive_readers
 from flows.cycle import NothingToDo
 from flows.display import display
 from flows.ends import StageCancelled, StageDamaged, StageFailed, StageRefused
@@ -80,6 +81,7 @@ class Runner(Pipeline):
         return cls(config, root, record)
 
     def __enter__(self) -> Self:
+        outlive_readers()
         threading.Thread(target=self._renew_lease, daemon=True, name="lease").start()
         self.following = Following(self.config, self.run, self.store, get_run_logger())
         return self
