@@ -5,6 +5,9 @@ BIN := .venv/bin
 EXTRA ?= cpu
 # uv reads its own variable, not pip's; where neither names wheels, CPU builds of torch come from PyTorch's own index.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# Every stage is a process, and compiling what it imports takes longer than all else that it does to start: a minute once.
+# Python does not keep it by itself where PYTHONDONTWRITEBYTECODE is set, as it is in many images.
+export UV_COMPILE_BYTECODE ?= 1
 # Several processes share the cores: threads that wait must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
