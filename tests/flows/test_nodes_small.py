@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import tiny
 from nodes import ROOT, Network, network
@@ -22,10 +23,19 @@ SECONDS = 600
 PROBLEMS, SEEDS = 320, 3
 
 
+BUCKET = "nodes"
+
+
 @pytest.fixture
-def net() -> Iterator[Network]:
-    """A head without CPUs and two nodes of one CPU."""
+def net(monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
+    """A head without CPUs, two nodes of one CPU, and a store beside them."""
     with network() as made:
+        made.start_store()
+        # This process reads the store too.
+        for name, value in made.environment.items():
+            if name.startswith("AWS_"):
+                monkeypatch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
         made.start_head()
         for _ in range(2):
             made.add()
@@ -35,13 +45,11 @@ def net() -> Iterator[Network]:
 
 def settings(folder: Path, jobs: str) -> dict[str, Any]:
     tiny.save_model(folder / "model", seed=1)
-    lines = [json.dumps({"prompt": f"{number} + 1?", "answer": str(number + 1)}) for number in range(PROBLEMS)]
-    (folder / "problems.jsonl").write_text("\n".join(lines))
-    fields = {"prompt": "prompt", "answer": "answer"}
+    tasks = [{"name": "chain_sum", "size": 2 * PROBLEMS, "options": {"min_terms": 2, "max_terms": 3}}]
     return {
         "name": "nodes",
         "model": {"type": "huggingface", "id": str(folder / "model")},
-        "problems": [{"type": "jsonl", "path": str(folder / "problems.jsonl"), "fields": fields}],
+        "problems": [{"type": "reasoning_gym", "seed": 5, "tasks": tasks}],
         "count": PROBLEMS,
         "max_prompt_tokens": 96,
         "evaluate": {"seeds": list(range(SEEDS)), "max_tokens": 64, "bootstrap": 200},
@@ -52,9 +60,9 @@ def settings(folder: Path, jobs: str) -> dict[str, Any]:
 
 @pytest.mark.timeout(SECONDS)
 def test_a_node_that_is_cut_off_costs_no_row(net: Network, tmp_path: Path) -> None:
-    root = tmp_path / "root"
+    root = f"s3://{BUCKET}/root"
     token = {name: net.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-    command = [sys.executable, str(Path(__file__).with_name("measuring.py")), str(tmp_path), str(root)]
+    command = [sys.executable, str(Path(__file__).with_name("measuring.py")), str(tmp_path), root]
     with (tmp_path / "said.txt").open("w") as said:
         run = subprocess.Popen(
             command,
@@ -79,7 +87,7 @@ def test_a_node_that_is_cut_off_costs_no_row(net: Network, tmp_path: Path) -> No
     finally:
         run.kill()
     assert row["model"] == "nodes"
-    store = open_store(str(root))
+    store = open_store(root)
     (path,) = (path for path in store.list("stages/evaluate") if path.endswith("/manifest.json"))
     rows = read_rows(store, load_manifest(store, path), "evaluations", ["prompt_id", "sample_index"]).to_pylist()
     counts = Counter((row["prompt_id"], row["sample_index"]) for row in rows)
