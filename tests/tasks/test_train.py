@@ -207,8 +207,7 @@ def test_a_worker_killed_midway_costs_steps_but_no_result(
     half = folder / "checkpoint_9999-cut-off"
     shutil.copytree(max(path for path in folder.glob("checkpoint_*") if path.is_dir()), half)
     (half / "weights.safetensors").write_bytes((half / "weights.safetensors").read_bytes()[:1000])
-    listed = folder / "checkpoint_manager_snapshot.json"
-    listed.write_text(listed.read_text()[:50])
+    (folder / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "2')
     run(killed)
     assert curve(killed).equals(curve(whole))
     assert killed.facts["models"]["student"]["revision"] == whole.facts["models"]["student"]["revision"]
@@ -254,7 +253,6 @@ def worker_limits(watch: Callable[[int], None], ended: threading.Event) -> threa
     return thread
 
 
-@pytest.mark.long
 def test_a_worker_out_of_memory_goes_on_with_half_the_sequences(cluster: None, tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     student = save_model(store, "student", seed=1, hidden=64)
