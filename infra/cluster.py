@@ -23,6 +23,8 @@ from infra.terminal import visible
 START_SECONDS = 120.0
 # How long a tail takes to notice that its job ended, at most.
 TAIL_SECONDS = 5.0
+# Ray's own processes take longer than anybody waits to end by themselves, and nothing on a run's own head is lost.
+HEAD_GRACE = 0.5
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -120,7 +122,8 @@ class Cluster:
             # Ray's own ports listen beyond loopback: nobody without this head's token gets a job onto it. The client
             # below and the jobs read it from the environment.
             os.environ.update(token_environment())
-            self._head = Guarded(head_command(port, self._folder, free_port()), self._folder / "head.log", QUIET)
+            head, log = head_command(port, self._folder, free_port()), self._folder / "head.log"
+            self._head = Guarded(head, log, QUIET, grace=HEAD_GRACE)
             self.address = f"http://127.0.0.1:{port}"
         # Ray reads its authentication from the environment when it is imported.
         from ray.job_submission import JobSubmissionClient

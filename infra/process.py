@@ -47,13 +47,20 @@ def end(token: str, grace: float = TERM_SECONDS) -> None:
 class Guarded:
     """A running child with everything below it."""
 
-    def __init__(self, command: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+        grace: float = TERM_SECONDS,
+    ) -> None:
+        """``grace``: seconds between SIGTERM and SIGKILL when it is ended."""
         self.token = uuid.uuid4().hex
-        self.log = log
+        self.log, self.grace = log, grace
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self.guard = subprocess.Popen(
-                [sys.executable, "-m", "infra.process", self.token, *command],
+                [sys.executable, "-m", "infra.process", self.token, str(grace), *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -75,7 +82,7 @@ class Guarded:
         assert self.guard.stdin is not None
         self.guard.stdin.close()
         try:
-            self.guard.wait(timeout=TERM_SECONDS + 5)
+            self.guard.wait(timeout=self.grace + 5)
         except subprocess.TimeoutExpired:
             self.guard.kill()
             end(self.token, grace=0)
@@ -95,7 +102,7 @@ def detached(command: list[str], log: Path, environment: dict[str, str], token: 
         ).pid
 
 
-def guard(token: str, command: list[str]) -> int:
+def guard(token: str, grace: float, command: list[str]) -> int:
     """Run the command until it ends or the pipe on stdin closes, then leave nothing behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A SIGTERM to the guard is a request to end what it guards.
@@ -110,7 +117,7 @@ def guard(token: str, command: list[str]) -> int:
             time.sleep(0.1)
         return child.returncode or 0
     finally:
-        end(token)
+        end(token, grace)
 
 
 @contextmanager
@@ -126,4 +133,4 @@ def undisturbed() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(guard(sys.argv[1], sys.argv[2:]))
+    sys.exit(guard(sys.argv[1], float(sys.argv[2]), sys.argv[3:]))
