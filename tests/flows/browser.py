@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from machine import Up
-from playwright.sync_api import TimeoutError
+
+SETTLE_MS = 2000
 
 
 class Operator:
@@ -15,7 +16,7 @@ class Operator:
 
     def shoot(self, name: str) -> None:
         # What is being loaded or moved would be caught halfway.
-        self.page.wait_for_timeout(1500)
+        self.page.wait_for_timeout(SETTLE_MS)
         self.page.screenshot(path=self.screenshots / f"{name}.png")
 
     def open_form(self) -> None:
@@ -25,6 +26,7 @@ class Operator:
         self.page.get_by_role("button", name="Run", exact=True).click()
         self.shoot("deployment")
         self.page.get_by_text("Custom run").click()
+        self.page.wait_for_timeout(SETTLE_MS)
 
     def field(self, label: str) -> Any:
         """The innermost part of the form with this label."""
@@ -32,14 +34,13 @@ class Operator:
         return self.page.locator(".schema-form-property").filter(has=title).last
 
     def take_kind(self, union: Any, kind: str, field: str) -> None:
-        """Choose one kind of a union; `field` is one that only this kind has. On a loaded machine a click once stayed
-        without effect (the page was still being built): as somebody would, one clicks again."""
+        """Choose one kind of a union; ``field`` is one that only this kind has. On a loaded machine the page sets the
+        deployment's values late, which undoes what was chosen before: one looks, and chooses again."""
         for _ in range(10):
             union.get_by_text(kind, exact=True).first.click()
-            try:
-                return self.field(field).wait_for(timeout=3000)
-            except TimeoutError:
-                continue
+            self.page.wait_for_timeout(SETTLE_MS)
+            if self.field(field).is_visible():
+                return
         raise AssertionError(f"{kind!r} was chosen ten times, and {field!r} is not shown")
 
     def choose(self, select: Any, option: str, typed: str = "") -> None:

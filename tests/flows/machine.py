@@ -34,8 +34,12 @@ class Up:
         subprocess.run(command, env=self.environment, cwd=ROOT, check=True, timeout=START_SECONDS)
 
     def ask(self, path: str, **body: Any) -> Any:
-        """POST with a body, else GET; what the API answers. A server whose database is busy is asked again."""
-        while (reply := self.api.post(path, json=body) if body else self.api.get(path)).status_code == 503:
+        """POST with a body, else GET; what the API answers."""
+        return self.send("POST" if body else "GET", path, body)
+
+    def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """What the API answers. A server whose database is busy is asked again."""
+        while (reply := self.api.request(method, path, json=body or None)).status_code == 503:
             time.sleep(1)
         reply.raise_for_status()
         return reply.json() if reply.content else None

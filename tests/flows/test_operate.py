@@ -58,7 +58,7 @@ def start_from_form(operator: Operator, up: Up, folder: Path) -> str:
     # Deployments keep what their users start from.
     start = {"config": marked(tiny.settings(folder)), "root": str(folder / "root")}
     deployment = up.deployment("distill")["id"]
-    up.api.patch(f"/deployments/{deployment}", json={"parameters": start}).raise_for_status()
+    up.send("PATCH", f"/deployments/{deployment}", {"parameters": start})
     operator.open_form()
     operator.field("Name").locator("textarea").fill("browser")
     # Another choice of a union stays chosen while its fields are filled.

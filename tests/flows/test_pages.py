@@ -28,7 +28,7 @@ def test_a_deployments_parameters_are_edited(operator: Operator, up: Up) -> None
     assert edited["parameters"] == before["parameters"] | {"root": "runs/edited", "approved": False}
     # The page sorts tags, too.
     known = {name: before[name] for name in ("parameters", "tags")}
-    up.api.patch(f"/deployments/{edited['id']}", json=known).raise_for_status()
+    up.send("PATCH", f"/deployments/{edited['id']}", known)
 
 
 def test_a_schedule_is_added(operator: Operator, up: Up) -> None:
@@ -47,7 +47,7 @@ def test_a_schedule_is_added(operator: Operator, up: Up) -> None:
     (added,) = (
         schedule for schedule in up.deployment("distill-recurring")["schedules"] if schedule["slug"] == "nightly"
     )
-    up.api.delete(f"/deployments/{id_}/schedules/{added['id']}").raise_for_status()
+    up.send("DELETE", f"/deployments/{id_}/schedules/{added['id']}")
     assert (added["active"], added["parameters"]) == (True, {"root": "runs/nightly"})
     assert (added["schedule"]["cron"], added["schedule"]["timezone"]) == ("0 4 * * *", "Europe/Berlin")
 

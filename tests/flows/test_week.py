@@ -77,9 +77,9 @@ def test_a_scheduled_run_promotes_and_the_next_finds_nothing_new(
     data["warmup"] |= {"steps": 30, "learning_rate": 3.0e-3}
     deployment = up.deployment("distill-recurring")
     id_, (weekly,) = deployment["id"], deployment["schedules"]
-    up.api.patch(f"/deployments/{id_}", json={"parameters": {"config": marked(data)}}).raise_for_status()
+    up.send("PATCH", f"/deployments/{id_}", {"parameters": {"config": marked(data)}})
     minute = {"schedule": {"cron": "* * * * *", "timezone": "Europe/Berlin"}, "parameters": {"root": str(root)}}
-    up.api.patch(f"/deployments/{id_}/schedules/{weekly['id']}", json=minute).raise_for_status()
+    up.send("PATCH", f"/deployments/{id_}/schedules/{weekly['id']}", minute)
     page.goto(f"{up.ui}/deployments/deployment/{id_}")
     page.locator(".p-toggle").locator("visible=true").first.click()
     operator.shoot("switched-on")
@@ -87,7 +87,7 @@ def test_a_scheduled_run_promotes_and_the_next_finds_nothing_new(
     try:
         first, second = scheduled(up, id_, 2)[:2]
     finally:
-        up.api.patch(f"/deployments/{id_}/schedules/{weekly['id']}", json={"active": False}).raise_for_status()
+        up.send("PATCH", f"/deployments/{id_}/schedules/{weekly['id']}", {"active": False})
 
     promoted = current(LocalStore(root), "tiny")
     assert promoted is not None
