@@ -1,5 +1,6 @@
 """What docs/operate.md does on a deployment's pages, in a real browser. Whole runs are in test_operate."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,10 @@ from browser import Operator
 from machine import Up
 
 SECONDS = 900
+SMALL = (
+    *("warmup.steps=3", "train.steps=2", "budget.queries=96", "signals.candidates=72", "evaluate.seeds=[1]"),
+    "promote.enabled=false",
+)
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(SECONDS)]
 
 
@@ -76,3 +81,29 @@ def test_a_preset_is_chosen_and_changed(operator: Operator, up: Up) -> None:
     assert up.wait(run, seconds=SECONDS)["type"] == "FAILED"
     assert up.ask(f"/flow_runs/{run}")["name"] == "gsm8k"
     assert "problems" in up.artifacts(run)
+
+
+@pytest.mark.long
+def test_the_quickstart_goes_through_from_the_form(operator: Operator, up: Up, tmp_path: Path) -> None:
+    """In a small size, watched to its end; its artifacts are opened."""
+    page = operator.page
+    operator.open_form()
+    config = operator.field("config")
+    operator.take_kind(config, "Preset", "Preset")
+    operator.choose(operator.field("Preset").locator(".p-select"), "quickstart")
+    for number, change in enumerate(SMALL):
+        config.get_by_text("Add item").click()
+        # Not the last one: the new one may not be there yet.
+        operator.field("Changes (Optional)").locator("textarea").nth(number).fill(change)
+    operator.field("root (Optional)").locator("textarea").fill(str(tmp_path / "root"))
+    run = operator.submit()
+    state = up.wait(run, seconds=SECONDS)
+    assert state["type"] == "COMPLETED", state
+    page.get_by_text("Completed").first.wait_for()
+    operator.shoot("quickstart")
+    page.get_by_text("Artifacts", exact=True).first.click()
+    page.get_by_role("link", name="summary").first.click()
+    page.wait_for_url("**/artifacts/artifact/**")
+    page.get_by_text("quickstart").first.wait_for()
+    operator.shoot("quickstart-summary")
+    assert {"plan", "stages", "metrics", "funnel", "report", "overview", "summary"} <= set(up.artifacts(run))
