@@ -37,11 +37,9 @@ from tasks.verify import check_verifier
 
 # A written part: about so many rows at most, or so many bytes.
 PART_ROWS, PART_BYTES = 8192, 128 << 20
-DATABASE: dict[str, Any] = {
-    "memory_limit": "1GB",
-    "threads": min(4, os.cpu_count() or 1),
-    "preserve_insertion_order": False,
-}
+# What duckdb needs for each thread, and how many vectors of prompts, of so many rows each, it may have in hand beside.
+THREAD_BYTES, VECTORS, VECTOR_ROWS = 128 << 20, 8, 2048
+TOKEN_BYTES = 4
 # Sources of a run are few, but a ``source`` column may hold anything: so many are counted by name.
 COUNTED_SOURCES = 100
 
@@ -191,37 +189,50 @@ def check_unchanged(settings: PromptsSettings) -> None:
             raise ValueError(f"{source.path!r} changed while the run began: run again")
 
 
+def database(longest: int, folder: str) -> dict[str, Any]:
+    """duckdb's settings for prompts of at most ``longest`` tokens: it takes what memory it may have, and spills."""
+    threads = min(4, os.cpu_count() or 1)
+    memory = threads * (THREAD_BYTES + VECTORS * VECTOR_ROWS * TOKEN_BYTES * longest)
+    return {
+        "memory_limit": f"{memory >> 20}MiB",
+        "threads": threads,
+        "preserve_insertion_order": False,
+        "temp_directory": f"{folder}/spill",
+    }
+
+
 def run(stage: Stage[PromptsSettings]) -> None:
     config = stage.settings.prompts
     if config.verifier != "auto":
         check_verifier(config.verifier)
-    with tempfile.TemporaryDirectory(prefix="switchyard-prompts-") as folder:
-        database = {**DATABASE, "temp_directory": f"{folder}/spill"}
-        with duckdb.connect(f"{folder}/rows.duckdb", config=database) as db:
-            intake = Intake(db, config, measure(stage), lambda done, total: stage.progress(done, total, "rows"))
-            kept = continued(stage, intake)
-            intake.read_all()
-            check_unchanged(stage.settings)
-            taken = drop_taken(db, stage.store, [stage.input(name) for name in earlier(stage)])
-            drop_exact(db)
-            if config.near_duplicates.enabled:
-                drop_near(db, config.near_duplicates.threshold)
-            try:
-                draw(
-                    db,
-                    config,
-                    seed=stage.settings.seed,
-                    warmup=stage.settings.warmup,
-                    queries=stage.settings.queries,
-                    candidates=stage.settings.candidates,
-                    kept=kept,
-                    least=stage.settings.after.least if stage.settings.after else None,
-                )
-                write_all(stage, db)
-                stage.facts.update(facts(db), quarantined=stage.manifest.tables["quarantine"].rows)
-                stage.facts["counts"] |= {"read": intake.done - kept, "taken_before": taken, "heldout_before": kept}
-            except TooFew as few:
-                stage.facts.update(waits=str(few), counts={"read": intake.done - kept, "taken_before": taken})
+    with (
+        tempfile.TemporaryDirectory(prefix="switchyard-prompts-") as folder,
+        duckdb.connect(f"{folder}/rows.duckdb", config=database(config.max_prompt_tokens, folder)) as db,
+    ):
+        intake = Intake(db, config, measure(stage), lambda done, total: stage.progress(done, total, "rows"))
+        kept = continued(stage, intake)
+        intake.read_all()
+        check_unchanged(stage.settings)
+        taken = drop_taken(db, stage.store, [stage.input(name) for name in earlier(stage)])
+        drop_exact(db)
+        if config.near_duplicates.enabled:
+            drop_near(db, config.near_duplicates.threshold)
+        try:
+            draw(
+                db,
+                config,
+                seed=stage.settings.seed,
+                warmup=stage.settings.warmup,
+                queries=stage.settings.queries,
+                candidates=stage.settings.candidates,
+                kept=kept,
+                least=stage.settings.after.least if stage.settings.after else None,
+            )
+            write_all(stage, db)
+            stage.facts.update(facts(db), quarantined=stage.manifest.tables["quarantine"].rows)
+            stage.facts["counts"] |= {"read": intake.done - kept, "taken_before": taken, "heldout_before": kept}
+        except TooFew as few:
+            stage.facts.update(waits=str(few), counts={"read": intake.done - kept, "taken_before": taken})
     stage.log.info("prompts: %s", stage.facts["counts"])
     stage.progress(intake.done, intake.done, "rows", last=True)
 
