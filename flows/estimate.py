@@ -204,6 +204,9 @@ def estimate(config: RunConfig) -> Estimate:
     # Each worker holds its own, beside the stage's process.
     worker = max(chosen.bytes for chosen in placed.values()) / GIB + PROCESS_GIB
     training = config.resources.train_workers * worker + PROCESS_GIB
+    if any(chosen.teacher == "served" for chosen in placed.values()):
+        reader = config.served["teacher"]
+        training += serving[repr((reader.source, reader.engine))]
     result.memory_gib = SERVICES_GIB + (
         max(engines, training) if config.resources.release_engines else engines + training
     )

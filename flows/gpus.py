@@ -34,4 +34,8 @@ def gpus_taken(config: RunConfig) -> tuple[int, int]:
 def gpus_at_once(config: RunConfig) -> int:
     """GPUs that a run has at work at once."""
     serving, training = gpus_taken(config)
+    asks = any(settings.method.asks_teacher for settings in config.trainings.values())
+    if training and asks and config.resources.placement.teacher == "served":
+        engine = config.served["teacher"].engine
+        training += engine.replicas * engine.tensor_parallel
     return max(serving, training) if config.resources.release_engines else serving + training

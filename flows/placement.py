@@ -49,8 +49,8 @@ def placement_notes(config: RunConfig, sizes: dict[str, float], placed: dict[str
         if not sizes["student"] or (asks and not sizes["teacher"]):
             found.append(f"{name}: models lie where workers have the memory; their sizes are not known here")
             continue
-        models = [("student", chosen.student_sharded, "replicated"), ("teacher", chosen.teacher_sharded, "whole")]
-        said = [f"{role} {'sharded' if sharded else whole}" for role, sharded, whole in models[: 1 + asks]]
+        said = [f"student {'sharded' if chosen.student_sharded else 'replicated'}", f"teacher {chosen.teacher}"]
+        said = said[: 1 + asks]
         line = (
             f"{name}: {' and '.join(said)} on {workers} worker{'s' * (workers > 1)}: "
             f"{chosen.bytes / GIB:.2g} GiB each, models may take {room:.2g} of {memory:.3g}"
@@ -58,10 +58,11 @@ def placement_notes(config: RunConfig, sizes: dict[str, float], placed: dict[str
         )
         if not chosen.fits:
             line += ", which is too little: raise resources.train_workers, or set train.lora"
-            if asks:
+            if asks and chosen.teacher != "served":
                 line += (
-                    "; or train without the teacher in memory, from distributions stored with its answers: "
-                    f"{name}.method {{type: kd, annotated: stored}} and sampling.distributions {{type: top}}"
+                    "; or let engines serve the teacher, resources.placement.teacher served; or train without it in "
+                    f"memory, from distributions stored with its answers: {name}.method {{type: kd, annotated: stored}}"
+                    " and sampling.distributions {type: top}"
                 )
         found.append(line)
     return found

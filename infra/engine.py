@@ -7,7 +7,7 @@ loads the right ones on the first mismatch. Ray and vLLM are imported where they
 import hashlib
 import os
 import uuid
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 from pydantic import BaseModel, Field
@@ -53,6 +53,7 @@ class EngineSpec(BaseModel):
     max_logprobs: int = 20
     deadline_seconds: float = 1800
     vllm: dict[str, Any] = Field(default_factory=dict)
+    trunk: bool = False  # hidden states in place of answers: infra/trunk.py
 
     @property
     def key(self) -> str:
@@ -86,6 +87,9 @@ def cpu_environment(threads: int = 0) -> dict[str, str]:
 class Engine:
     """The actor. Methods take and return plain Python and Arrow; lists run over requests."""
 
+    # What a kind of engine tells vLLM beside its spec.
+    OWN: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, spec: dict[str, Any]) -> None:
         from vllm import LLM
 
@@ -112,6 +116,7 @@ class Engine:
             enforce_eager=not self.spec.gpu,
             disable_log_stats=True,
             **memory,
+            **self.OWN,
             **self.spec.vllm,
         )
         self.tokenizer = self.llm.get_tokenizer()

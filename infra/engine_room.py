@@ -18,6 +18,7 @@ from infra.endpoint import Endpoint, EndpointSpec
 from infra.engine import Engine, EngineSpec
 from infra.lease import lease_counter
 from infra.store import Store, open_store
+from infra.trunk import Trunk
 
 ROOM = "engine-room"
 LEASE_SECONDS = 120.0
@@ -38,12 +39,12 @@ class Room:
             self.engines[parsed.key] = [start(parsed, name) for name in names]
         return names
 
-    def release(self) -> None:
-        """End all engines, so that training has their memory; the next ``acquire`` loads them again."""
-        for actors in self.engines.values():
-            for actor in actors:
+    def release(self, key: str | None = None) -> None:
+        """End all engines, so that training has their memory, or those of one spec; the next ``acquire`` loads them
+        again."""
+        for name in list(self.engines) if key is None else [key]:
+            for actor in self.engines.pop(name, []):
                 ray.kill(actor)
-        self.engines.clear()
 
 
 def start(spec: EngineSpec | EndpointSpec, name: str) -> Any:
@@ -52,8 +53,9 @@ def start(spec: EngineSpec | EndpointSpec, name: str) -> Any:
     resources: dict[str, Any] = {"num_cpus": 0, "label_selector": workplaces()}
     if isinstance(spec, EngineSpec) and spec.gpu:
         resources = {"num_cpus": 1, "num_gpus": spec.tensor_parallel}
+    kind = Endpoint if isinstance(spec, EndpointSpec) else Trunk if spec.trunk else Engine
     return (
-        ray.remote(Engine if isinstance(spec, EngineSpec) else Endpoint)
+        ray.remote(kind)
         .options(
             name=name,
             max_restarts=-1,

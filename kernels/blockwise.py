@@ -24,7 +24,7 @@ from kernels.gate import Gate
 from kernels.pace import Pace
 from kernels.packed import packed
 from kernels.rollout import Record, Rollout
-from kernels.rows import RowModel
+from kernels.rows import Rows, rows_of
 from kernels.rules import Head, Role, Rules, Sampling, evaluating, watch_head
 
 
@@ -118,9 +118,9 @@ class _Table:
         self.token = [int(prompt[-1]) for prompt in prompts]  # each sequence's last token
         self.record = Record(rules.limits_N, rules.dtype)
         capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, self.limits, strict=True))
-        self.models: dict[Role, RowModel] = {
-            "student": RowModel(student, slots, capacity),
-            "teacher": RowModel(teacher, slots, capacity),
+        self.models: dict[Role, Rows] = {
+            "student": rows_of(student, slots, capacity),
+            "teacher": rows_of(teacher, slots, capacity),
         }
         self.waiting = deque(range(slots, len(prompts)))
         self.seq = list(range(slots))

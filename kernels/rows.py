@@ -8,9 +8,10 @@ Shapes: R rows of buffer, B rows in a forward, Q tokens fed per row, S slots, H 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,29 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.cursor.capacity
+
+
+class Rows(Protocol):
+    """A model at work on rows that advance by different lengths. ``seconds`` are those of the last `extend`."""
+
+    forwards: Forwards
+    seconds: float
+
+    def prefill(self, prompts: Sequence[Tensor], rows: Sequence[int]) -> None:
+        """Fill empty rows with tokens."""
+
+    def extend(self, ids_BQ: Tensor, start_B: Tensor, last_B: Tensor, longest: int) -> Tensor:
+        """Logits [B, Q, V] after each of the tokens fed to rows 0…B-1 from position `start` on."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Row `source` becomes row `target`."""
+
+
+def rows_of(model: nn.Module, rows: int, capacity: int) -> Rows:
+    """The model's own rows where it brings some (it may run elsewhere), else those below."""
+    own: Callable[[int, int], Rows] | None = getattr(model, "rows_of", None)
+    return own(rows, capacity) if own else RowModel(model, rows, capacity)  # type: ignore[arg-type]
 
 
 class RowModel:

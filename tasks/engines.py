@@ -139,13 +139,13 @@ class EngineAccess:
         return EnginePool(self, EngineSpec(model=model, root=root, **settings))
 
 
-def release_engines(namespace: str) -> None:
-    """End the engines of the run's room, if it has one, for a stage that needs their memory."""
+def release_engines(namespace: str | None, key: str | None = None) -> None:
+    """End the engines of the run's room, if it has one, for a stage that needs their memory; or those of one spec."""
     try:
         room = ray.get_actor(ROOM, namespace=namespace)
     except ValueError:
         return
-    ray.get(room.release.remote())
+    ray.get(room.release.remote(key))
 
 
 @contextmanager

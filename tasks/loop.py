@@ -34,6 +34,7 @@ from tasks.methods import with_soft_labels
 from tasks.parity import check
 from tasks.plan import Plan
 from tasks.resume import newest, seal, storage
+from tasks.served_teacher import served_teacher
 from tasks.student import Head, Loss, Objective, Student, World, export, full
 from tasks.teacher import Lockstep, load_teacher
 
@@ -48,12 +49,15 @@ class Loop:
         self.student = Student(self.origin, plan.train, world, seed=plan.seed, sharded=plan.sharded, fsdp=plan.fsdp)
         teacher, vocabulary = None, plan.student.vocab_size
         if plan.teacher and plan.loads_teacher:
-            folder = local_folder(store, plan.teacher)
-            teacher = load_teacher(folder, plan.dtype, world, sharded=plan.teacher_sharded)
+            if plan.teacher_place == "served":
+                teacher = served_teacher(plan, world)
+            else:
+                folder = local_folder(store, plan.teacher)
+                teacher = load_teacher(folder, plan.dtype, world, sharded=plan.teacher_place == "sharded")
         if plan.teacher:
             vocabulary = min(vocabulary, plan.teacher.vocab_size)
         self.method = method_of(self.config.method, teacher, vocabulary)
-        if teacher is not None and plan.teacher_sharded:
+        if teacher is not None and plan.teacher_place == "sharded":
             self.method.together = Lockstep(teacher, world)
         self.loss: Callable[..., Loss] = self.method.loss
         if plan.soft_rows:

@@ -1,13 +1,21 @@
 """What every training worker is told: one plan, made by the stage and sent through Ray Train. Imports no torch."""
 
 import math
+from typing import Any
 
 from pydantic import BaseModel
 
 from infra.models import ModelRef
 from tasks.config.placement import Placement
 from tasks.config.train import TrainConfig
-from tasks.placement import GIB, place
+from tasks.placement import GIB, Place, place
+
+
+class Service(BaseModel):
+    """Where engines of the teacher can be had: the run's engine room, and what to ask it for."""
+
+    namespace: str | None  # None: that of the process that trains
+    engine: dict[str, Any]  # an EngineSpec
 
 
 class Plan(BaseModel):
@@ -28,7 +36,8 @@ class Plan(BaseModel):
     device: str = "cpu"
     sharded: bool = False  # the student, by FSDP2; without it every worker holds a replica
     fsdp: bool = False  # replicas are FSDP2's too: on GPUs it brings the precision
-    teacher_sharded: bool = False  # its layers
+    teacher_place: Place = "whole"
+    served: Service | None = None  # for a teacher that is served
     placement: Placement = Placement()  # what decides both of a worker's models
 
     @property
@@ -48,9 +57,10 @@ class Plan(BaseModel):
             workers=workers,
             memory=memory,
             gpu=self.device == "cuda",
+            engines=self.served is not None,
         )
         sharded = self.sharded or found.student_sharded
-        return self.model_copy(update={"sharded": sharded, "teacher_sharded": found.teacher_sharded})
+        return self.model_copy(update={"sharded": sharded, "teacher_place": found.teacher})
 
     def learning_rate(self, step: int) -> float:
         """The rate of the step that follows ``step`` steps: a linear rise, then a cosine that ends at the last one."""

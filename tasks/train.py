@@ -10,12 +10,13 @@ from typing import Literal
 
 from pydantic import Field
 
+from infra.engine import EngineSpec
 from infra.models import ModelRef
 from tasks.config.base import Config
 from tasks.config.train import TrainConfig
 from tasks.connection import connected
 from tasks.outcome import commit
-from tasks.plan import Plan
+from tasks.plan import Plan, Service
 from tasks.resume import newest, storage
 from tasks.stage import Stage, main
 from tasks.workers import fit
@@ -98,7 +99,18 @@ def plan_of(stage: Stage[TrainSettings]) -> Plan:
         device=device,
         fsdp=device == "cuda",
         placement=runtime.placement,
+        served=service(stage, teacher) if teacher and settings.train.method.asks_teacher else None,
     )
+
+
+def service(stage: Stage[TrainSettings], teacher: ModelRef) -> Service | None:
+    """Engines that would serve the teacher to training workers: of the run's room, or of one for this stage alone."""
+    runtime = stage.spec.runtime
+    if not runtime.namespace and runtime.placement.teacher != "served":
+        return None
+    settings = runtime.engines.get(stage.settings.teacher, {})
+    spec = EngineSpec(model=teacher, root=stage.spec.root, trunk=True, **settings)
+    return Service(namespace=runtime.namespace, engine=spec.model_dump())
 
 
 def smaller(plan: Plan, workers: int, error: MemoryError) -> Plan:
@@ -116,9 +128,16 @@ def run(stage: Stage[TrainSettings]) -> None:
     plan = plan_of(stage)
     runtime = stage.spec.runtime
     with connected(runtime):
-        if runtime.release_engines and runtime.namespace:
-            from tasks.engines import release_engines
+        import ray
 
+        from infra.engine_room import open_room
+        from tasks.engines import release_engines
+
+        room = None
+        if plan.served and not runtime.namespace:
+            # An own one, that ends with its handle.
+            room, plan.served.namespace = open_room(), ray.get_runtime_context().namespace
+        if runtime.release_engines and runtime.namespace:
             release_engines(runtime.namespace)
         try:
             fit(stage, plan)
@@ -127,6 +146,9 @@ def run(stage: Stage[TrainSettings]) -> None:
             stage.log.warning("%s; tried again with %d", error, plan.train.micro_batch)
             stage.facts["out_of_memory"] = {"said": str(error), "micro_batch": plan.train.micro_batch}
             fit(stage, plan)
+        if plan.served:
+            release_engines(plan.served.namespace, EngineSpec.model_validate(plan.served.engine).key)
+        del room
     system, place = storage(stage.store, f"{stage.spec.folder}/checkpoints")
     with newest(system, place) as folder:
         assert folder, "its last checkpoint was reported a moment ago"

@@ -100,6 +100,7 @@ class OnText(Config):
     compares: ClassVar[bool] = False
     keeps_rollouts: ClassVar[bool] = False
     asks_teacher: ClassVar[bool] = False
+    in_blocks: ClassVar[bool] = True
     on_policy_share: ClassVar[float] = 0.0
     rollout_share: ClassVar[float] = 0.0
     max_new_tokens: ClassVar[int] = 0
@@ -110,6 +111,7 @@ class Compares(Config):
 
     compares: ClassVar[bool] = True
     keeps_rollouts: ClassVar[bool] = False
+    in_blocks: ClassVar[bool] = True
     annotated: Literal["live", "stored"] = "live"
     """Where the teacher's distributions at annotated rows come from: asked in training, or kept by the annotation
     (``sampling.distributions``)."""
@@ -305,6 +307,11 @@ class Switch(OnPolicy):
     slots: int | None = Field(default=None, ge=1)
     """Rollouts that ``blockwise`` writes at once, to bound memory; as one ends the next one joins. Absent: all. Changes
     no token."""
+
+    @property
+    def in_blocks(self) -> bool:  # type: ignore[override]
+        """Whether its decoder scores blocks, as a teacher that is served can."""
+        return self.decoder == "blockwise"
 
 
 Method = Annotated[

@@ -188,6 +188,8 @@ class RunConfig(Config):
                     f"{name}.method.annotated stored needs the teacher's distributions: set sampling.distributions "
                     "({type: top} will do), or annotated live"
                 )
+            if method.asks_teacher and self.resources.placement.teacher == "served":
+                self._can_be_served(name, settings)
         self._kept()
         self._asked_beside()
         rest = self.selected_prompts
@@ -212,6 +214,17 @@ class RunConfig(Config):
                     f"{sampling.max_tokens}: raise it"
                 )
         return self
+
+    def _can_be_served(self, name: str, settings: TrainConfig) -> None:
+        """A training whose teacher engines serve asks it for blocks of no more than they read."""
+        if not settings.method.in_blocks:
+            raise ValueError(f"{name}.method.decoder: a teacher that is served scores blocks: set blockwise")
+        most = self.served["teacher"].engine.max_model_len
+        if most < settings.max_length:
+            raise ValueError(
+                f"engines.teacher.max_model_len {most} is below {name}.max_length {settings.max_length}, which a "
+                "teacher that is served reads: raise it"
+            )
 
     def _peers_fit(self) -> None:
         """What several teachers ask of the rest of the settings."""

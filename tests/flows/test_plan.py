@@ -326,7 +326,7 @@ def test_a_plan_says_where_trainings_models_lie(planned: Callable[..., Plan]) ->
     assert train.startswith("train: student replicated and teacher whole on 2 workers: ")
     assert notes(teacher="sharded")[1].startswith("train: student replicated and teacher sharded on 2 workers: ")
     assert placed(teacher="sharded").memory_gib < placed(teacher="whole").memory_gib
-    warmup, train = notes(worker_memory_gib=1e-6)
+    warmup, train = notes(teacher="whole", worker_memory_gib=1e-6)
     assert "which is too little: raise resources.train_workers" in warmup
     assert "train.method {type: kd, annotated: stored} and sampling.distributions {type: top}" in train
     # One worker that has the memory has no choice.

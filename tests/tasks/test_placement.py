@@ -8,7 +8,7 @@ from infra.models import ModelRef
 from tasks.config.placement import Placement
 from tasks.config.train import TrainConfig
 from tasks.placement import GIB, Placed, place
-from tasks.plan import Plan
+from tasks.plan import Plan, Service
 
 BILLION = 1e9
 KD = {"type": "kd"}
@@ -28,32 +28,39 @@ def choose(
 
 
 @pytest.mark.parametrize(
-    ("given", "student_sharded", "teacher_sharded", "fits"),
+    ("given", "student_sharded", "teacher", "fits"),
     [
-        ({}, False, False, True),
+        ({}, False, "whole", True),
         # 16 bytes a parameter that learns, 2 of one that is read: 48 and 14 GB.
-        ({"student": 3 * BILLION}, True, False, True),
-        ({"teacher": 32 * BILLION}, False, True, True),
-        ({"student": 7 * BILLION, "teacher": 70 * BILLION}, True, True, True),
-        ({"student": 70 * BILLION, "teacher": 400 * BILLION}, True, True, False),
+        ({"student": 3 * BILLION}, True, "whole", True),
+        ({"teacher": 32 * BILLION}, False, "sharded", True),
+        ({"student": 7 * BILLION, "teacher": 70 * BILLION}, True, "sharded", True),
+        # What no shard holds is served, which leaves the student's part.
+        ({"teacher": 400 * BILLION}, False, "served", True),
+        ({"student": 70 * BILLION, "teacher": 400 * BILLION}, True, "sharded", False),
+        # Not where there is no engine, nor by a decoder that asks for single tokens.
+        ({"teacher": 400 * BILLION, "engines": False}, True, "sharded", False),
+        ({"teacher": 400 * BILLION, "method": {"type": "switch", "decoder": "reference"}}, True, "sharded", False),
         # Adapters alone have gradients and moments.
-        ({"student": 3 * BILLION, "train": {"lora": {}}}, False, False, True),
+        ({"student": 3 * BILLION, "train": {"lora": {}}}, False, "whole", True),
         # A teacher that training does not ask takes nothing.
-        ({"teacher": 400 * BILLION, "method": {"type": "sft"}}, False, False, True),
-        ({"teacher": 400 * BILLION, "method": {"type": "kd", "annotated": "stored"}}, False, False, True),
+        ({"teacher": 400 * BILLION, "method": {"type": "sft"}}, False, "whole", True),
+        ({"teacher": 400 * BILLION, "method": {"type": "kd", "annotated": "stored"}}, False, "whole", True),
         # Shards over one worker save nothing of a teacher.
-        ({"teacher": 32 * BILLION, "workers": 1}, True, False, False),
-        ({"settings": {"teacher": "sharded"}}, False, True, True),
-        ({"settings": {"teacher": "whole"}, "teacher": 32 * BILLION}, True, False, False),
-        ({"settings": {"model_share": 0.3}}, True, False, True),
+        ({"teacher": 32 * BILLION, "workers": 1}, False, "served", True),
+        ({"teacher": 32 * BILLION, "workers": 1, "engines": False}, True, "whole", False),
+        ({"settings": {"teacher": "sharded"}}, False, "sharded", True),
+        ({"settings": {"teacher": "served"}}, False, "served", True),
+        ({"settings": {"teacher": "whole"}, "teacher": 32 * BILLION}, True, "whole", False),
+        ({"settings": {"model_share": 0.3}}, True, "whole", True),
         # On CPU a student is never sharded, and float32 is what is read.
-        ({"student": 3 * BILLION, "gpu": False}, False, True, True),
-        ({"student": 4 * BILLION, "gpu": False}, False, True, False),
+        ({"student": 3 * BILLION, "gpu": False}, False, "sharded", True),
+        ({"student": 4 * BILLION, "gpu": False}, False, "sharded", False),
     ],
 )
-def test_memory_decides(given: dict[str, Any], student_sharded: bool, teacher_sharded: bool, fits: bool) -> None:
+def test_memory_decides(given: dict[str, Any], student_sharded: bool, teacher: str, fits: bool) -> None:
     found = choose(**given)
-    assert (found.student_sharded, found.teacher_sharded, found.fits) == (student_sharded, teacher_sharded, fits)
+    assert (found.student_sharded, found.teacher, found.fits) == (student_sharded, teacher, fits)
 
 
 def test_bytes_are_those_of_one_worker() -> None:
@@ -73,12 +80,15 @@ def test_a_plan_is_that_of_its_workers() -> None:
     plan = Plan(root="", rows=[], student=student, teacher=teacher, train=train, seed=0, stage_name="train", fsdp=True)
     plan = plan.model_copy(update={"device": "cuda"})
 
-    def found(workers: int, gib: float, **placement: Any) -> tuple[bool, bool]:
+    def found(workers: int, gib: float, **placement: Any) -> tuple[bool, str]:
         chosen = plan.model_copy(update={"placement": Placement.model_validate(placement)}).placed(workers, gib * GIB)
-        return chosen.sharded, chosen.teacher_sharded
+        return chosen.sharded, chosen.teacher_place
 
-    assert found(8, 80) == (True, True)
-    assert found(8, 1000) == (False, False)
+    assert found(8, 80) == (True, "sharded")
+    assert found(8, 1000) == (False, "whole")
     # What is set is not looked up.
-    assert found(8, 1000, worker_memory_gib=80) == (True, True)
-    assert found(1, 80) == (True, False)
+    assert found(8, 1000, worker_memory_gib=80) == (True, "sharded")
+    # Engines are known to a plan that was told of them.
+    assert found(1, 80) == (True, "whole")
+    plan = plan.model_copy(update={"served": Service(namespace="run", engine={})})
+    assert found(1, 80) == (False, "served")

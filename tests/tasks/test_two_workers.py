@@ -17,14 +17,18 @@ torch.set_num_threads(1)
 SWITCH = {"type": "switch", "max_new_tokens": 10, "block": 4}
 MINILLM = {"type": "minillm", "max_new_tokens": 10, "block": 4, "collected_batches": 1, "epochs": 2}
 METHODS = {"sft": {"type": "sft"}, "switch": SWITCH, "minillm": MINILLM}
-# How a worker holds the models: (student in shards, student by FSDP2, teacher in shards).
-LAYOUTS = {"sharded": (True, True, False), "replicated": (False, True, False), "all-sharded": (True, True, True)}
+# How a worker holds the models: (student in shards, student by FSDP2, where the teacher lies).
+LAYOUTS = {
+    "sharded": (True, True, "whole"),
+    "replicated": (False, True, "whole"),
+    "all-sharded": (True, True, "sharded"),
+}
 CASES = {
-    "sft-sharded": ("sft", (True, True, False)),
-    "sft-summed": ("sft", (False, False, False)),
+    "sft-sharded": ("sft", (True, True, "whole")),
+    "sft-summed": ("sft", (False, False, "whole")),
     "switch-sharded": ("switch", LAYOUTS["sharded"]),
     "switch-replicated": ("switch", LAYOUTS["replicated"]),
-    "switch-teacher": ("switch", (False, False, True)),
+    "switch-teacher": ("switch", (False, False, "sharded")),
     "switch-all-sharded": ("switch", LAYOUTS["all-sharded"]),
     "minillm-all-sharded": ("minillm", LAYOUTS["all-sharded"]),
 }
@@ -52,7 +56,7 @@ def alone(plans: dict[str, Plan]) -> dict[str, Facts]:
 
 @pytest.fixture(scope="module")
 def together(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Facts]]:
-    names = ("sharded", "fsdp", "teacher_sharded")
+    names = ("sharded", "fsdp", "teacher_place")
     cases = {
         case: plans[method].model_copy(update=dict(zip(names, layout, strict=True)))
         for case, (method, layout) in CASES.items()
@@ -62,7 +66,7 @@ def together(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_workers_are_one(case: str, alone: dict[str, Facts], together: dict[str, list[Facts]]) -> None:
-    method, (sharded, _, teacher_sharded) = CASES[case]
+    method, (sharded, _, teacher) = CASES[case]
     one, both = alone[method], together[case]
     for name, weight in both[0]["weights"].items():
         assert torch.equal(weight, both[1]["weights"][name]), name
@@ -83,7 +87,7 @@ def test_two_workers_are_one(case: str, alone: dict[str, Facts], together: dict[
         held, whole = found["held"], one["held"]
         assert (held["student"] < 0.6 * whole["student"]) == sharded
         if method != "sft":
-            assert (held["teacher"] < 0.8 * whole["teacher"]) == teacher_sharded
+            assert (held["teacher"] < 0.8 * whole["teacher"]) == (teacher == "sharded")
 
 
 @pytest.mark.parametrize("case", [case for case, (method, _) in CASES.items() if method != "sft"])
