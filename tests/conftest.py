@@ -7,12 +7,25 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from infra.cluster import free_port
 from infra.s3 import S3Store
 from infra.store import LocalStore, Store
+
+
+@pytest.fixture(autouse=True, scope="session")
+def stays() -> Iterator[None]:
+    """A stage's entry point ends its process; here that would be all tests, as if they had passed."""
+
+    def leave() -> NoReturn:
+        raise AssertionError("the entry point of a stage was called in the tests' own process")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tasks.stage.leave", leave)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 import json
 import random
+import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
@@ -16,7 +17,7 @@ from infra.store import open_store
 from tasks import dedupe, prompts, schemas
 from tasks.dedupe import band_width, content_hash, jaccard, shingles
 from tasks.prompts import PromptsSettings
-from tasks.stage import Stage, StageSpec, main
+from tasks.stage import Stage, StageSpec
 from tasks.verify import is_correct
 
 TEMPLATE = (
@@ -365,10 +366,10 @@ def test_reasoning_gym(runs):
     assert not any(is_correct(row["verifier"], "It is 31337.", row["answer"], row["entry"]) for row in rows)
 
 
-def test_entry_point(runs, tmp_path, monkeypatch, capsys):
+def test_entry_point(runs, tmp_path):
     spec = runs.spec(runs.file("a.jsonl", problems(10)))
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
-    monkeypatch.setattr(sys, "argv", ["tasks.prompts", "--spec", str(tmp_path / "spec.json")])
-    main(PromptsSettings, prompts.run)
-    assert capsys.readouterr().out.strip().endswith("manifest.json")
+    command = [sys.executable, "-m", "tasks.prompts", "--spec", str(tmp_path / "spec.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip().endswith("manifest.json")
     assert load_manifest(open_store(spec.root), spec.manifest_path).tables["prompts"].rows == 7
