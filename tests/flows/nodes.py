@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import boto3
 import psutil
 import pytest
 
@@ -21,6 +22,7 @@ from infra.cluster import QUIET, START_SECONDS, free_port, token_environment
 from infra.process import Guarded
 
 ROOT = Path(__file__).parent.parent.parent
+BUCKET = "nodes"
 SWIFT = {
     # Ray finds out that a node is gone within seconds instead of a minute.
     "RAY_health_check_initial_delay_ms": "1000",
@@ -193,8 +195,9 @@ class Network:
 
 
 @contextmanager
-def network() -> Iterator[Network]:
-    """An empty network, or the test is skipped where none can be made."""
+def cluster(count: int) -> Iterator[Network]:
+    """A head without CPUs, so many nodes of one CPU, and a bucket beside them, which this process reads too. Skips the
+    test where no network can be made."""
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("network namespaces take root and iproute2")
     try:
@@ -202,6 +205,16 @@ def network() -> Iterator[Network]:
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no network of its own can be made here: {error.stderr.strip()}")
     try:
-        yield made
+        made.start_store()
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in made.environment.items():
+                if name.startswith("AWS_"):
+                    patch.setenv(name, value)
+            boto3.client("s3").create_bucket(Bucket=BUCKET)
+            made.start_head()
+            for _ in range(count):
+                made.add()
+            made.wait(1 + count)
+            yield made
     finally:
         made.close()

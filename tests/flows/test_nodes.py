@@ -12,11 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import tiny
 import yaml
-from nodes import ROOT, Network, Node, network
+from nodes import BUCKET, ROOT, Network, Node, cluster
 
 from benchmarks.chaos import IDS
 from infra.manifest import load_manifest
@@ -25,24 +24,13 @@ from infra.store import open_store
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1500)]
 SECONDS = 900
-BUCKET = "nodes"
 STEPS = 240
+KINDS = (("engines", "ray::Engine"), ("workers", "ray::RayTrainWorker"), ("teachers", "ray::Trunk"))
 
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Network]:
-    """A head without CPUs and three nodes of one CPU."""
-    with network() as made, pytest.MonkeyPatch.context() as patch:
-        made.start_store()
-        # This process reads the store too.
-        for name, value in made.environment.items():
-            if name.startswith("AWS_"):
-                patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket=BUCKET)
-        made.start_head()
-        for _ in range(3):
-            made.add()
-        made.wait(4)
+    with cluster(3) as made:
         yield made
 
 
@@ -65,9 +53,10 @@ def config(tmp_path_factory: pytest.TempPathFactory, net: Network) -> Path:
 class Run:
     """``switchyard run`` on this machine, beside the cluster."""
 
-    def __init__(self, net: Network, config: Path, name: str) -> None:
+    def __init__(self, net: Network, config: Path, name: str, *changes: str) -> None:
         self.store, self.log = open_store(f"s3://{BUCKET}/{name}"), config.parent / f"{name}.log"
         command = [sys.executable, "-m", "flows.cli", "run", str(config), "--root", self.store.uri, "--json"]
+        command += [word for change in changes for word in ("--set", change)]
         token = {name: net.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
         environment = {**os.environ, **token, "SWITCHYARD_HOME": str(config.parent / "home")}
         with self.log.open("w") as said:
@@ -139,13 +128,14 @@ def begun() -> Iterator[list[Run]]:
 
 @pytest.fixture(scope="module")
 def quiet(net: Network, config: Path) -> dict[str, Any]:
-    """An undisturbed run's rows by table, and where its models were."""
-    run = Run(net, config, "quiet")
-    places: dict[str, set[str]] = {"engines": set(), "workers": set()}
+    """An undisturbed run's rows by table, and where its models were. Engines serve its teacher to training, which
+    decides no row: in the other run every worker has it in memory."""
+    run = Run(net, config, "quiet", "resources.placement.teacher=served")
+    places: dict[str, set[str]] = {"engines": set(), "workers": set(), "teachers": set()}
     try:
         while run.process.poll() is None:
             for node in net.nodes:
-                for kind, name in (("engines", "ray::Engine"), ("workers", "ray::RayTrainWorker")):
+                for kind, name in KINDS:
                     if node.running(name):
                         places[kind].add(node.address)
             time.sleep(0.5)
@@ -160,6 +150,9 @@ def test_a_run_uses_all_nodes_but_its_head(net: Network, quiet: dict[str, Any]) 
     assert quiet["engines"] <= workers
     assert len(quiet["engines"]) > 1
     assert quiet["workers"] == workers
+    # One engine for workers on three nodes.
+    assert len(quiet["teachers"]) == 1
+    assert quiet["teachers"] < workers
     assert len(quiet["rows"]["student-sample/samples"]) == 300
     assert len(quiet["rows"]["train/steps"]) == STEPS
     assert all(set(counts.values()) <= {1} for name, counts in quiet["rows"].items() if name != "train/positions")

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import tiny
-from nodes import ROOT, Network, network
+from nodes import BUCKET, ROOT, Network, cluster
 
 from infra.manifest import load_manifest
 from infra.parts import read_rows
@@ -23,23 +22,9 @@ SECONDS = 600
 PROBLEMS, SEEDS = 320, 3
 
 
-BUCKET = "nodes"
-
-
 @pytest.fixture
-def net(monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
-    """A head without CPUs, two nodes of one CPU, and a store beside them."""
-    with network() as made:
-        made.start_store()
-        # This process reads the store too.
-        for name, value in made.environment.items():
-            if name.startswith("AWS_"):
-                monkeypatch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket=BUCKET)
-        made.start_head()
-        for _ in range(2):
-            made.add()
-        made.wait(3)
+def net() -> Iterator[Network]:
+    with cluster(2) as made:
         yield made
 
 
