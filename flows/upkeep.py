@@ -24,10 +24,12 @@ def verify(store: Store, record: RunRecord, repair: bool) -> Iterator[tuple[str,
             manifest = load_manifest(store, stage.manifest)
         except FileNotFoundError:
             continue
-        except DamagedError as error:
+        except ValueError as error:
+            # Damaged, or written by another version.
             if repair:
                 forget_object(store, stage.manifest)
-            yield stage.name, [Damage(error.what, stage.manifest)]
+            what = error.what if isinstance(error, DamagedError) else str(error).partition(": ")[2]
+            yield stage.name, [Damage(what, stage.manifest)]
             continue
         found = list(damages(store, manifest))
         if found and repair:

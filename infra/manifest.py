@@ -164,7 +164,7 @@ def load_manifest(store: Store, path: str) -> Manifest:
     was committed, ValueError for another format."""
     manifest = parsed(store, path, store.read(path), Manifest)
     if manifest.format != FORMAT:
-        raise ValueError(f"{path}: manifest format {manifest.format}, this version reads {FORMAT}; redo the stage")
+        raise ValueError(f"{path}: has manifest format {manifest.format}, this version reads {FORMAT}")
     own = manifest.path == path and all(place.startswith(f"{manifest.folder}/") for place in places(manifest))
     if not own:
         raise DamagedError(store.location(path), path, "is damaged (it is of another stage, or names another's files)")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from infra.manifest import parsed, sealed
+from infra.manifest import DamagedError, parsed, sealed
 from infra.store import Store, StorePath
 
 
@@ -47,13 +47,21 @@ def names(store: Store) -> list[str]:
     return [part[1].removesuffix(".json") for part in parts if len(part) == 2]
 
 
+def entry_of(store: Store, name: str, path: str, data: bytes) -> Promotion:
+    """An entry of this pipeline; DamagedError where it is none, or another's: a move would look for it elsewhere."""
+    entry = parsed(store, path, data, Promotion)
+    if entry.name != name:
+        raise DamagedError(store.location(path), path, "is damaged (it is of another pipeline)")
+    return entry
+
+
 def standing(store: Store, name: str) -> tuple[Promotion | None, bytes | None]:
     """The promoted student and the bytes it was read from; None before the first promotion."""
     try:
         data = store.read(current_path(name))
     except FileNotFoundError:
         return None, None
-    return parsed(store, current_path(name), data, Promotion), data
+    return entry_of(store, name, current_path(name), data), data
 
 
 def current(store: Store, name: str) -> Promotion | None:
@@ -62,7 +70,7 @@ def current(store: Store, name: str) -> Promotion | None:
 
 def history(store: Store, name: str) -> list[Promotion]:
     """All entries, oldest first; the one that stands now is among them."""
-    filed = [parsed(store, path, store.read(path), Promotion) for path in store.list(f"promoted/{name}")]
+    filed = [entry_of(store, name, path, store.read(path)) for path in store.list(f"promoted/{name}")]
     now = current(store, name)
     return filed + ([now] if now and now.number not in {entry.number for entry in filed} else [])
 
@@ -108,7 +116,7 @@ def roll_back(store: Store, name: str) -> tuple[Promotion, Promotion]:
         if old.previous is None:
             raise ValueError(f"--name: {name!r} has no student before {old.student} (entry {old.number})")
         entry = entry_path(name, old.previous)
-        back = parsed(store, entry, store.read(entry), Promotion)
+        back = entry_of(store, name, entry, store.read(entry))
         new = back.model_copy(
             update={
                 "number": old.number + 1,

@@ -159,6 +159,7 @@ def look_at_stage(place: Place) -> None:
 
 @fuzz(0.4)
 @given(document=mutated([values_of("manifest")]))
+@example(document={**values_of("manifest"), "format": 20})
 @example(document={**values_of("manifest"), "stage": "../../outside"})
 @example(document={**values_of("manifest"), "fingerprint": "../../../outside"})
 def test_a_manifest_with_other_values(place: Place, document: Any) -> None:
@@ -277,6 +278,7 @@ def test_records_of_runs_promotions_and_cycles(tmp_path: Path, kind: str) -> Non
 
     @fuzz(0.1)
     @given(data=mutated([values_of(kind)]).map(written) | damaged([originals(kind)]))
+    @example(data=written({**values_of(kind), "name": "another"}))
     def each(data: bytes) -> None:
         with (
             place.holding(path, data),
