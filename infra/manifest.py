@@ -23,7 +23,7 @@ from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from infra.store import Store, StorePath
 
@@ -162,11 +162,20 @@ def parsed(store: Store, path: str, data: bytes, kind: type[Model]) -> Model:
 def load_manifest(store: Store, path: str) -> Manifest:
     """The manifest at ``path``; FileNotFoundError where the stage is not complete, DamagedError where it is not what
     was committed, ValueError for another format."""
-    manifest = parsed(store, path, store.read(path), Manifest)
+    data = store.read(path)
+    manifest = parsed(store, path, data, Manifest)
+    if not SEAL.match(data) and (unknown := from_json(data).keys() - Manifest.model_fields.keys()):
+        # Perhaps the hash itself, its name damaged.
+        raise DamagedError(store.location(path), path, f"is damaged (it has a field {min(unknown)[:80]!r})")
     if manifest.format != FORMAT:
         raise ValueError(f"{path}: has manifest format {manifest.format}, this version reads {FORMAT}")
-    own = manifest.path == path and all(place.startswith(f"{manifest.folder}/") for place in places(manifest))
-    if not own:
+    folder = manifest.folder
+    named = all(
+        part.path == part_path(folder, name, part.shard, part.sha256)
+        for name, table in manifest.tables.items()
+        for part in table.parts
+    )
+    if manifest.path != path or not named or not all(place.startswith(f"{folder}/") for place in places(manifest)):
         raise DamagedError(store.location(path), path, "is damaged (it is of another stage, or names another's files)")
     return manifest
 
@@ -174,6 +183,11 @@ def load_manifest(store: Store, path: str) -> Manifest:
 def brief(error: Exception) -> str:
     """What a library says of bytes that it cannot read, in a line."""
     return " ".join(str(error).split())[:200]
+
+
+def part_path(folder: str, table: str, shard: int, sha256: str) -> str:
+    """Where the part of a shard lies that has these bytes."""
+    return f"{folder}/{table}/part-{shard:05d}-{sha256[:16]}.parquet"
 
 
 def places(manifest: Manifest) -> Iterator[str]:

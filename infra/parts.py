@@ -8,7 +8,7 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.manifest import DamagedError, Manifest, Part, Table, brief, parsed
+from infra.manifest import DamagedError, Manifest, Part, Table, brief, parsed, part_path
 from infra.store import Store
 
 # Training and all others read whole parts and hold one: a part is a shard's rows, thousands at most. Row groups bound
@@ -54,7 +54,7 @@ def record_part(store: Store, folder: str, table: str, shard: int, rows: int, da
     """Write a part of so many rows and its commit record; where the shard is recorded already, the recorded part is
     the result."""
     digest = hashlib.sha256(data).hexdigest()
-    path = f"{folder}/{table}/part-{shard:05d}-{digest[:16]}.parquet"
+    path = part_path(folder, table, shard, digest)
     part = Part(shard=shard, path=path, rows=rows, bytes=len(data), sha256=digest)
     record = record_path(folder, table, shard)
     store.write(path, data)
@@ -119,7 +119,8 @@ def read_record(store: Store, path: str) -> Part:
     """A part as its commit record has it; DamagedError where that is not what was written."""
     part = parsed(store, path, store.read(path), Part)
     folder, table, _ = path.rsplit("/", 2)
-    if record_path(folder, table, part.shard) != path or not part.path.startswith(f"{folder}/{table}/part-"):
+    own = part_path(folder, table, part.shard, part.sha256)
+    if record_path(folder, table, part.shard) != path or part.path != own:
         raise DamagedError(store.location(path), path, "is damaged (it is another part's)")
     return part
 

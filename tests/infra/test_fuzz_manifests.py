@@ -157,9 +157,17 @@ def look_at_stage(place: Place) -> None:
     assert list(damages(store, make(store))) == []
 
 
+def crossed(document: Any) -> Any:
+    """One part named as another's."""
+    first, second, _ = document["tables"]["rows"]["parts"]
+    first["path"] = second["path"]
+    return document
+
+
 @fuzz(0.4)
 @given(document=mutated([values_of("manifest")]))
 @example(document={**values_of("manifest"), "format": 20})
+@example(document=crossed(values_of("manifest")))
 @example(document={**values_of("manifest"), "stage": "../../outside"})
 @example(document={**values_of("manifest"), "fingerprint": "../../../outside"})
 def test_a_manifest_with_other_values(place: Place, document: Any) -> None:
@@ -172,6 +180,7 @@ def test_a_manifest_with_other_values(place: Place, document: Any) -> None:
 @example(data=b"")
 @example(data=b"[" * 100_000)
 @example(data=b'{"stage": NaN}')
+@example(data=originals("manifest").replace(b"sha256", b"rha256", 1).replace(b'"rows": 20', b'"rows": 21', 1))
 def test_a_manifest_with_other_bytes(place: Place, data: bytes) -> None:
     with place.holding(place.manifest.path, data):
         # The hash in its head tells; damage to the head alone leaves it as good as one of an older version.
@@ -217,6 +226,7 @@ def test_links_do_not_lead_out_of_the_store(place: Place, tmp_path: Path) -> Non
 @given(data=mutated([values_of("record")]).map(written) | damaged([originals("record")]))
 @example(data=written({**values_of("record"), "path": "../../outside/x"}))
 @example(data=written({**values_of("record"), "shard": 2}))
+@example(data=originals("record").replace(b"part-00001", b"part-0001"))
 def test_commit_records(place: Place, data: bytes) -> None:
     store, folder = place.store, place.manifest.folder
     path = record_path(folder, "rows", 1)
