@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -55,8 +56,10 @@ def free_port(wanted: int = 0) -> int:
         return port
 
 
+@cache
 def token_environment() -> dict[str, str]:
-    """Ray's token authentication with a fresh secret. Child processes inherit it; it stands on no command line."""
+    """Ray's token authentication with a secret of this process, for all heads that it starts: Ray reads it once. Child
+    processes inherit it; it stands on no command line."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 

@@ -1,5 +1,6 @@
 """What tests share: stores, an S3 server over HTTP, a small disk."""
 
+import os
 import subprocess
 import sys
 import time
@@ -11,9 +12,12 @@ from typing import NoReturn
 
 import pytest
 
-from infra.cluster import free_port
+from infra.cluster import free_port, token_environment
 from infra.s3 import S3Store
 from infra.store import LocalStore, Store
+
+# Ray reads it where it is first imported, and that may be a test without a cluster.
+os.environ.update(token_environment())
 
 
 @pytest.fixture(autouse=True, scope="session")
