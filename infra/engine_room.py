@@ -30,13 +30,15 @@ class Room:
 
     def __init__(self) -> None:
         self.engines: dict[str, list[Any]] = {}
+        self.started = 0
 
     def acquire(self, spec: dict[str, Any]) -> list[str]:
         """Names of the actors that serve this spec, started if need be. Returns before they have loaded."""
         parsed = EndpointSpec.model_validate(spec) if "base_url" in spec else EngineSpec.model_validate(spec)
         names = [parsed.actor_name(replica) for replica in range(parsed.replicas)]
         if parsed.key not in self.engines:
-            self.engines[parsed.key] = [start(parsed, name) for name in names]
+            self.engines[parsed.key] = [start(parsed, name, self.started + at) for at, name in enumerate(names)]
+            self.started += len(names)
         return names
 
     def release(self, key: str | None = None) -> None:
@@ -47,12 +49,18 @@ class Room:
                 ray.kill(actor)
 
 
-def start(spec: EngineSpec | EndpointSpec, name: str) -> Any:
+def start(spec: EngineSpec | EndpointSpec, name: str, number: int) -> Any:
+    """The actor of the room's so manyth engine."""
     # Engines on CPU ask for no logical CPUs: a run's engines take turns, and training must find room beside them. So
-    # they have to be told which nodes are not for work.
-    resources: dict[str, Any] = {"num_cpus": 0, "label_selector": workplaces()}
+    # Ray, which would start them all on one node, is told where to; a node that is gone is any other.
+    work, idle = nodes()
+    resources: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
+    if work:
+        resources["scheduling_strategy"] = NodeAffinitySchedulingStrategy(work[number % len(work)], soft=True)
+    if idle:
+        resources["label_selector"] = {"ray.io/node-id": f"!in({','.join(idle)})"}
     if isinstance(spec, EngineSpec) and spec.gpu:
-        resources = {"num_cpus": 1, "num_gpus": spec.tensor_parallel}
+        resources = {"num_cpus": 1, "num_gpus": spec.tensor_parallel, "scheduling_strategy": "SPREAD"}
     kind = Endpoint if isinstance(spec, EndpointSpec) else Trunk if spec.trunk else Engine
     return (
         ray.remote(kind)
@@ -60,7 +68,6 @@ def start(spec: EngineSpec | EndpointSpec, name: str) -> Any:
             name=name,
             max_restarts=-1,
             max_task_retries=0,
-            scheduling_strategy="SPREAD",
             runtime_env={"env_vars": spec.environment},
             **resources,
         )
@@ -68,10 +75,10 @@ def start(spec: EngineSpec | EndpointSpec, name: str) -> Any:
     )
 
 
-def workplaces() -> dict[str, str]:
-    """Ray's selector of the nodes that work is for: those with CPUs, which a cluster's head has none of."""
-    idle = [node["NodeID"] for node in ray.nodes() if node["Alive"] and not node["Resources"].get("CPU")]
-    return {"ray.io/node-id": f"!in({','.join(idle)})"} if idle else {}
+def nodes() -> tuple[list[str], list[str]]:
+    """Living nodes that work is for, those with CPUs, and the others: a cluster's head has none."""
+    living = [(node["NodeID"], bool(node["Resources"].get("CPU"))) for node in ray.nodes() if node["Alive"]]
+    return sorted(name for name, cpus in living if cpus), sorted(name for name, cpus in living if not cpus)
 
 
 def here() -> NodeAffinitySchedulingStrategy:

@@ -12,8 +12,9 @@ from tasks.plan import Plan
 from tasks.resume import storage, tidy
 from tasks.stage import Stage
 
-# A first worker on a busy machine, or on a node that is still being added, takes minutes to import torch.
-START_TIMEOUT_S = 900
+# How long workers wait for their places: nodes that are still being added take minutes. Where fewer workers will do,
+# places are counted first, and one that is not there belongs to a node that was just lost: it is counted again.
+START_TIMEOUT_S, FEWER_START_TIMEOUT_S = 900, 60
 # Ray Train looks at its workers this often; a worker that reports waits for it.
 POLL_S = 0.5
 
@@ -99,8 +100,11 @@ def fit(stage: Stage[Any], plan: Plan) -> None:
 
     ValueError for what no other attempt mends, MemoryError where a worker ran out of memory, and faults of the store.
     """
+    runtime, gpu = stage.spec.runtime, plan.device == "cuda"
+    fewer = bool(runtime.min_workers and runtime.min_workers < runtime.workers)
     # Ray Train reads these where it starts.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
+    patience = FEWER_START_TIMEOUT_S if fewer else START_TIMEOUT_S
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(patience))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     if plan.device == "cpu":
@@ -113,14 +117,11 @@ def fit(stage: Stage[Any], plan: Plan) -> None:
 
     # Type checkers see the first version of Ray Train's settings, Ray runs the second.
     api: Any = ray.train
-    runtime, gpu = stage.spec.runtime, plan.device == "cuda"
     system, place = storage(stage.store, stage.spec.folder)
     tidy(system, f"{place}/checkpoints", plan.train.keep_checkpoints)
     # Beside this process: it tells of training, which must not end with a node that does none of it.
     relay = ray.remote(num_cpus=0, scheduling_strategy=here())(Relay).remote()
-    workers: int | tuple[int, int] = runtime.workers
-    if runtime.min_workers and runtime.min_workers < runtime.workers:
-        workers = (runtime.min_workers, runtime.workers)
+    workers: int | tuple[int, int] = (runtime.min_workers or 1, runtime.workers) if fewer else runtime.workers
     trainer = TorchTrainer(
         work,
         train_loop_config={
