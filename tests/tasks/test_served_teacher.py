@@ -125,11 +125,11 @@ def test_training_with_engines_is_that_with_the_teacher_in_memory(
     def kill() -> None:
         while not killed:
             for process in psutil.process_iter(["name", "cmdline"]):
-                if "ray::Trunk.hidden" in " ".join(process.info["cmdline"] or []):
+                if "Trunk.hidden" in " ".join(process.info["cmdline"] or []):
                     process.send_signal(signal.SIGKILL)
                     killed.append(process.pid)
                     return
-            time.sleep(0.001)
+            time.sleep(0.005)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
