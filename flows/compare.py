@@ -63,19 +63,21 @@ def choices(store: Store, record: RunRecord) -> list[dict[str, Any]]:
 
     from kernels.selection import SELECTED, choose
     from tasks.config.signals import Select
-    from tasks.select import DECIDING, deciding, uncertainty
+    from tasks.select import deciding, deciding_columns, uncertainty
 
     manifests = record.manifests(store)
     if "select" not in manifests:
         raise ValueError(f"run {record.run} has not selected prompts yet: its stage select is not done")
     queries, seed = manifests["select"].settings["queries"], manifests["select"].settings["seed"]
-    parts = read_table(store, manifests["select"], "signals", [*DECIDING, "selected"])
+    ways = {way: Select(**settings) for way, settings in WAYS.items()}
+    columns = {name for select in ways.values() for name in deciding_columns(select)}
+    parts = read_table(store, manifests["select"], "signals", sorted(columns | {"selected"}))
     table, sources, ties = deciding(parts, seed)
     own = table["selected"].to_numpy(zero_copy_only=False)
     by_source = tokens_by_source(store, manifests)
     rows = []
-    for way, settings in WAYS.items():
-        order = np.lexsort((ties, -uncertainty(Select(**settings), table)))
+    for way, select in ways.items():
+        order = np.lexsort((ties, -uncertainty(select, table)))
         chosen = choose(order, sources, queries) == SELECTED
         known = table["correct"].filter(chosen).drop_null()
         counts = pc.value_counts(table["source"].filter(chosen)).to_pylist()

@@ -59,15 +59,17 @@ def consistency(answers: Sequence[str | None], key: str) -> Consistency:
 def rank_share(values_N: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Ranks of N values, scaled to 0 (smallest) … 1 (largest); equal values share the mean of their ranks, and all
     equal values are 0.5. ValueError for NaN, which has no rank."""
-    values_N = np.asarray(values_N, dtype=np.float64)
-    if np.isnan(values_N).any():
+    values_N = np.asarray(values_N)
+    sorted_N = np.sort(values_N)
+    if len(sorted_N) and np.isnan(sorted_N[-1]):
         raise ValueError("rank of NaN: give every row a value")
-    _, group_N, counts_G = np.unique(values_N, return_inverse=True, return_counts=True)
-    if len(counts_G) < 2:
+    if not len(sorted_N) or sorted_N[0] == sorted_N[-1]:
         return np.full(len(values_N), 0.5)
-    # Zero-based ranks of a group of equal values run from (those below) to (those below + its size − 1).
-    middle_G = np.cumsum(counts_G) - counts_G + (counts_G - 1) / 2
-    return middle_G[group_N] / (len(values_N) - 1)
+    # Zero-based ranks of equal values run from (those below) to (those below or equal − 1). In place: N may be large.
+    ends_N = np.searchsorted(sorted_N, values_N, "right")
+    ends_N += np.searchsorted(sorted_N, values_N, "left")
+    ends_N -= 1
+    return ends_N / (2 * (len(values_N) - 1))
 
 
 def rank_average(columns: Sequence[npt.ArrayLike], weights: Sequence[float]) -> npt.NDArray[np.float64]:
@@ -77,6 +79,12 @@ def rank_average(columns: Sequence[npt.ArrayLike], weights: Sequence[float]) -> 
         raise ValueError(
             f"weights {list(weights)} of {len(columns)} signals: none may be negative, one must be above 0"
         )
-    used = [(rank_share(column), weight) for column, weight in zip(columns, weights, strict=True) if weight]
-    total = sum((ranks * weight for ranks, weight in used), np.zeros_like(used[0][0]))
-    return np.clip(total / sum(weights), 0.0, 1.0)
+    # In place: N may be large.
+    total_N = np.zeros(len(np.asarray(columns[0])))
+    for column, weight in zip(columns, weights, strict=True):
+        if weight:
+            share_N = rank_share(column)
+            share_N *= weight
+            total_N += share_N
+    total_N /= sum(weights)
+    return np.clip(total_N, 0.0, 1.0, out=total_N)

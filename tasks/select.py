@@ -36,7 +36,6 @@ OBSERVED = pa.schema(OWN_COLUMNS)
 
 # What decides: self-consistency by its measure (column, and the sign that makes more of it doubt), and the others.
 MEASURES = {"unique": ("unique_answers", 1.0), "majority": ("majority_share", -1.0), "entropy": ("entropy", 1.0)}
-DECIDING = ["prompt_id", "source", "unique_answers", "majority_share", "entropy", "ta_student", "correct"]
 
 
 class SelectSettings(Config):
@@ -146,6 +145,12 @@ def draw(seed: int, prompt_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\x1fselect\x1f{prompt_id}".encode()).digest()[:8], "big") >> 1
 
 
+def deciding_columns(select: Select) -> list[str]:
+    """What is read of the observed: no more, as it is held for all candidates."""
+    measure, _ = MEASURES[select.consistency]
+    return list(dict.fromkeys(["prompt_id", "source", "unique_answers", measure, "ta_student", "correct"]))
+
+
 def deciding(parts: Iterable[pa.Table], seed: int) -> tuple[pa.Table, np.ndarray, np.ndarray]:
     """What decides of N candidates: their signals, the number of each one's source [N], and the draw of each [N], which
     breaks ties. No text stays in memory: some 30 bytes a candidate, by the types of the columns."""
@@ -179,7 +184,8 @@ def run(stage: Stage[SelectSettings]) -> None:
     settings = stage.settings
     parts = stage.manifest.tables["observed"].parts
     # A few small columns decide; the rows themselves are read again part by part.
-    columns, sources_N, ties_N = deciding(read_table(stage.store, stage.manifest, "observed", DECIDING), settings.seed)
+    observed = read_table(stage.store, stage.manifest, "observed", deciding_columns(settings.select))
+    columns, sources_N, ties_N = deciding(observed, settings.seed)
     uncertainty_N = uncertainty(settings.select, columns)
     order_N = np.lexsort((ties_N, -uncertainty_N))
     reasons_N = choose(

@@ -25,9 +25,9 @@ def test_a_solution_is_right_by_the_verifier_of_runs(task: str) -> None:
         assert not is_correct(row.verifier, lesson.solution + "1", row.answer, row.entry), lesson
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "gcd"])
+@pytest.mark.parametrize("task", ["chain_sum", "gcd", "products"])
 def test_the_steps_of_a_solution_hold(task: str) -> None:
     for lesson in lessons(task, 50, 5):
-        for left, sign, right, result in re.findall(r"(-?\d+) ([-+%]) (\d+) = (-?\d+)", lesson.solution):
+        for left, sign, right, result in re.findall(r"(-?\d+) ([-+*%]) (\d+) = (-?\d+)", lesson.solution):
             a, b = int(left), int(right)
-            assert {"+": a + b, "-": a - b, "%": a % b if b else 0}[sign] == int(result), lesson
+            assert {"+": a + b, "-": a - b, "*": a * b, "%": a % b if b else 0}[sign] == int(result), lesson

@@ -8,7 +8,7 @@ from tasks.config.signals import Keep, Select, Verbalized
 from tasks.keeping import choose
 from tasks.schemas import SIGNAL
 from tasks.score import as_confidence, confidence_call, rating
-from tasks.select import DECIDING, uncertainty
+from tasks.select import deciding_columns, uncertainty
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ ROWS = [
     ],
 )
 def test_doubt_ranks_prompts(select: Select, most_wanted: list[str]) -> None:
-    columns = pa.Table.from_pylist(ROWS, SIGNAL).select(DECIDING)
+    columns = pa.Table.from_pylist(ROWS, SIGNAL).select(deciding_columns(select))
     found = uncertainty(select, columns)
     assert [name for _, name in sorted(zip(-found, columns["prompt_id"].to_pylist(), strict=True))] == most_wanted
 
