@@ -31,7 +31,6 @@ QUIET = {
     "RAY_DEDUP_LOGS": "0",
     # One run, one cluster: nothing profits from the metrics of every worker.
     "RAY_enable_metrics_collection": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Idle OpenMP threads sleep instead of spinning: engines, trainer and services share cores, and spinning threads of
     # one slow the others several times over.
