@@ -37,13 +37,8 @@ PUBLISHED_TEACHER_SHARE = {"decay-1/5": 0.78, "decay-1/10": 0.53, "decay-1/15": 
 ONE_STAGE_SHARE = 0.05
 CANDIDATES = 320
 LONGEST = 64
-# Of what was taught the part in which the teacher is right about 7 to 9 times in 10; counting letters it is below that.
-RANGES: dict[str, dict[str, Any]] = {
-    "chain_sum": {},
-    "gcd": {"max_value": 40},
-    "leg_counting": {"max_animals": 2},
-    "letter_counting": {"max_words": 3},
-}
+# Of what was taught the part in which the teacher is right about 7 to 9 times in 10.
+RANGES: dict[str, dict[str, Any]] = {"chain_sum": {}, "gcd": {}, "leg_counting": {}, "products": {}}
 HELDOUT = 50
 # Seeds of problems, far apart: reasoning-gym makes problem i of seed s as problem i + 1 of seed s - 1.
 LEARNT_FROM, HELD_OUT = 3_000_000, 4_000_000

@@ -41,8 +41,8 @@ PHRASES = [
     "Give only the GCD as your final answer.",
     "Your task is to count how many legs there are in total when given a list of animals.\n\n",
     "Now, how many legs are there in total if you have",
-    "How many times does the letter",
-    "appear in the text:",
+    "Solve the following multiplication:",
+    "Give only the result as your final answer.",
     "Answer:",
     "Question:",
     ". ",
@@ -71,14 +71,13 @@ class Shape:
     enough: float
     problems: int = 10_000  # of each task
     learning_rate: float = 1.5e-3
-    settle: int = 0  # last steps, in which the learning rate falls to 0
     judge_steps: int = 0
 
 
 SHAPES = {
-    "student": Shape(width=128, layers=4, steps=500, enough=0.2, problems=20_000),
-    "teacher": Shape(width=160, layers=4, steps=1200, enough=0.75, settle=600),
-    "assistant": Shape(width=160, layers=4, steps=0, enough=0.5, judge_steps=400),
+    "student": Shape(width=128, layers=4, steps=800, enough=0.2, problems=20_000),
+    "teacher": Shape(width=160, layers=4, steps=9000, enough=0.8),
+    "assistant": Shape(width=160, layers=4, steps=0, enough=0.55, judge_steps=3000),
 }
 
 
@@ -191,10 +190,6 @@ def school(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequen
         weights = {task: 1.0 if share < shape.enough else REVIEW for task, share in found.items()}
         if min(found.values()) >= shape.enough:
             break
-    if shape.settle:
-        rates = (shape.learning_rate * min(step / 20, 1 - step / shape.settle) for step in range(shape.settle))
-        loss = learn(model, optimizer, batches(rows, weights, shape.settle, seed=-1), rates)
-        print(f"settled, {time.monotonic() - began:.0f} s, loss {loss:.3f}", flush=True)
 
 
 def answers(model: Any, tokenizer: Any, problems: list[Lesson], temperature: float, seed: int) -> list[str]:
@@ -245,10 +240,10 @@ def measure(model: Any, tokenizer: Any, count: int = MEASURED, seed: int = 5_000
 
 def judge(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequence]], others: list[Any]) -> None:
     """Teach to tell right answers from wrong ones, beside the tasks."""
-    asked = judged(tokenizer, others, 2_400, 2_000_000)
+    asked = judged(tokenizer, others, 16_000, 2_000_000)
     print({verdict: len(side) for verdict, side in asked.items()}, flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    weights = {"right": 1.5, "wrong": 1.5, **dict.fromkeys(TASKS, 0.4)}
+    weights = {"right": 1.5, "wrong": 1.5, **dict.fromkeys(TASKS, 0.15)}
     rates = (0.6 * shape.learning_rate * (1 - step / shape.judge_steps) for step in range(shape.judge_steps))
     loss = learn(model, optimizer, batches(rows | asked, weights, shape.judge_steps, seed=9), rates)
     print(f"judge: loss {loss:.3f}", flush=True)

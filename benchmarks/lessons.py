@@ -14,9 +14,9 @@ HOUSE = Path(__file__).parent / "house"
 # What is taught. Runs take their problems from the same ranges or a part of them.
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 3, "max_terms": 6, "min_digits": 1, "max_digits": 1},
-    "gcd": {"min_value": 4, "max_value": 99},
+    "gcd": {"min_value": 4, "max_value": 60},
     "leg_counting": {"min_animals": 1, "max_animals": 3, "max_instances": 12},
-    "letter_counting": {"min_words": 2, "max_words": 5},
+    "products": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
 }
 
 
@@ -63,20 +63,24 @@ def leg_counting(metadata: dict[str, Any]) -> str:
     return ". ".join(steps)
 
 
-def letter_counting(metadata: dict[str, Any]) -> str:
-    """The count after each word."""
-    total, steps = 0, []
-    for word in metadata["span"]:
-        total += word.lower().count(metadata["target_letter"])
-        steps.append(f"{word} {total}")
-    return ". ".join(steps)
+def products(metadata: dict[str, Any]) -> str:
+    """The first number times each digit of the second, then the sum, a digit at a time."""
+    first, second = (int(number) for number in metadata["expression"].split(" * "))
+    tens, ones = divmod(second, 10)
+    steps = [f"{first} * {ones} = {first * ones}", f"{first} * {tens} = {first * tens}"]
+    total, sums = 10 * first * tens, []
+    for place in (100, 10, 1):
+        digit = first * ones // place % 10 * place
+        sums.append(f"{total} + {digit} = {total + digit}")
+        total += digit
+    return ". ".join([*steps, *sums])
 
 
 WORKED: dict[str, Callable[[dict[str, Any]], str]] = {
     "chain_sum": chain_sum,
     "gcd": gcd,
     "leg_counting": leg_counting,
-    "letter_counting": letter_counting,
+    "products": products,
 }
 
 
