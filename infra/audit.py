@@ -64,7 +64,7 @@ def part_damage(store: Store, table: Table, part: Part) -> str:
         return what
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         return f"is no Parquet ({brief(error)})"
     if file.metadata.num_rows != part.rows:
         return f"holds {file.metadata.num_rows:,} rows instead of {part.rows:,}"

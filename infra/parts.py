@@ -174,7 +174,7 @@ def decode_part(store: Store, part: Part, data: bytes, columns: list[str] | None
         unknown = set(columns or ()) - set(schema.names)
         if not differs and not unknown:
             return file.read(columns=columns)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DamagedError(store.location(part.path), part.path, f"is no Parquet ({brief(error)})") from None
     if differs:
         raise DamagedError(store.location(part.path), part.path, f"has another schema than its table ({differs})")

@@ -27,11 +27,17 @@ from pydantic import AfterValidator
 Bytes = Any
 # What is read of an object at once where not all of it is needed.
 PIECE_BYTES = 1 << 20
+# Of a path, by S3, and of a name in it, by file systems.
+PATH_BYTES, NAME_BYTES = 1024, 255
 
 
 def check_path(path: str) -> str:
-    """The path itself, or ValueError where it is empty, absolute or climbs out of the root."""
+    """The path itself, or ValueError where it is empty, absolute, climbs out of the root, or is too long for a disk or
+    S3."""
     pure = PurePosixPath(path)
+    sizes = [len(name.encode("utf-8", "surrogatepass")) for name in (path, *pure.parts)]
+    if sizes[0] > PATH_BYTES or max(sizes[1:], default=0) > NAME_BYTES:
+        raise ValueError(f"store path {path[:80]!r}… is too long: {PATH_BYTES} bytes at most, and {NAME_BYTES} a name")
     if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path:
         raise ValueError(f"store path {path!r} leaves the store: use a relative path without '..'")
     return str(pure)

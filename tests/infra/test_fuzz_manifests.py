@@ -261,6 +261,7 @@ def test_a_damaged_part_is_refused_and_made_again(place: Place, data: bytes) -> 
 
 @fuzz(0.3)
 @given(data=damaged([originals("part")]))
+@example(data=originals("part").replace(b"item", b"\xecdem"))
 def test_a_part_whose_hash_was_written_anew_is_no_trap(place: Place, data: bytes) -> None:
     """By somebody who can write manifests: Arrow has to refuse the bytes by itself."""
     import hashlib
@@ -289,6 +290,7 @@ def test_records_of_runs_promotions_and_cycles(tmp_path: Path, kind: str) -> Non
     @fuzz(0.1)
     @given(data=mutated([values_of(kind)]).map(written) | damaged([originals(kind)]))
     @example(data=written({**values_of(kind), "name": "another"}))
+    @example(data=written({**values_of(kind), "manifest": "x" * 5000}))
     def each(data: bytes) -> None:
         with (
             place.holding(path, data),
