@@ -21,6 +21,8 @@ from infra.store import Store, open_store
 from infra.trunk import Trunk
 
 ROOM = "engine-room"
+# Ray's label of every node.
+NODE = "ray.io/node-id"
 LEASE_SECONDS = 120.0
 WATCH_SECONDS = 2.0
 
@@ -51,14 +53,14 @@ class Room:
 
 def start(spec: EngineSpec | EndpointSpec, name: str, number: int) -> Any:
     """The actor of the room's so manyth engine."""
-    # Engines on CPU ask for no logical CPUs: a run's engines take turns, and training must find room beside them. So
-    # Ray, which would start them all on one node, is told where to; a node that is gone is any other.
+    # Engines on CPU ask for no logical CPUs: a run's engines take turns, and training must find room beside them. Such
+    # actors Ray spreads over nodes neither by SPREAD nor by a soft affinity, so each is named its node; where that is
+    # gone, any will do but those that are not for work.
     work, idle = nodes()
-    resources: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
+    others = [{"label_selector": {NODE: f"!in({','.join(idle or ['none'])})"}}]
+    resources: dict[str, Any] = {"num_cpus": 0, "fallback_strategy": others, **others[0]}
     if work:
-        resources["scheduling_strategy"] = NodeAffinitySchedulingStrategy(work[number % len(work)], soft=True)
-    if idle:
-        resources["label_selector"] = {"ray.io/node-id": f"!in({','.join(idle)})"}
+        resources["label_selector"] = {NODE: work[number % len(work)]}
     if isinstance(spec, EngineSpec) and spec.gpu:
         resources = {"num_cpus": 1, "num_gpus": spec.tensor_parallel, "scheduling_strategy": "SPREAD"}
     kind = Endpoint if isinstance(spec, EndpointSpec) else Trunk if spec.trunk else Engine
