@@ -75,7 +75,7 @@ screenshots: env
 	cp test-output/form.png docs/operate-form.png
 	cp test-output/running.png docs/operate-run.png
 
-# The models of benchmarks/methods.py; made ones are committed. About an hour of one core.
+# The models of benchmarks/methods.py; made ones are committed. Less than an hour of one core.
 house-models: env
 	$(BIN)/python -m benchmarks.house
 

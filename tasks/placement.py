@@ -34,8 +34,8 @@ def place(
     gpu: bool,
     engines: bool = True,
 ) -> Placed:
-    """The first of these that fits, else the last but one: all whole, the student sharded, the teacher, both; the
-    teacher served.
+    """The first of these that fits: all whole, the student sharded, the teacher, both; the teacher served. Where none
+    does, the last that starts no engines.
 
     ``student`` and ``teacher`` are numbers of parameters, ``memory`` a worker's in bytes. On CPU the student is never
     sharded; a teacher that training does not ask takes nothing, and of a served one the projection is left out. It is
@@ -47,7 +47,7 @@ def place(
     gathered = student * width if gpu and train.method.rollout_share else 0.0
     asked = teacher * width if train.method.asks_teacher else 0.0
     choices: list[Place] = ["whole"]
-    if settings.teacher != "auto":
+    if asked and settings.teacher != "auto":
         choices = [settings.teacher]
     elif asked:
         if workers > 1:
@@ -60,6 +60,5 @@ def place(
         for sharded in (False, True) if gpu else (False,):
             taken = learning / (workers if sharded else 1) + gathered + asked * shares[choice]
             found.append(Placed(sharded, choice, taken, taken <= settings.model_share * memory))
-    # Where nothing fits no engines are started in vain.
     last = next((placed for placed in reversed(found) if placed.teacher != "served"), found[-1])
     return next((placed for placed in found if placed.fits), last)

@@ -48,7 +48,8 @@ class Served(nn.Module):
         return self.projection
 
     def ask(self, sequences: list[list[int]], last: list[int]) -> Tensor:
-        """What the projection sees at so many last positions of each sequence [K, D]."""
+        """What the projection sees at so many last positions of each sequence [K, D]; waits for an engine that starts
+        again. RayActorError where none will: its room ended, and the stage is begun again."""
         import ray
         from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
@@ -119,7 +120,8 @@ class ServedRows:
 
 
 def served_teacher(plan: Plan, world: World) -> Served:
-    """The plan's teacher, its engines started where they are not yet. Every worker asks one of them."""
+    """The plan's teacher, its engines started where they are not yet. Every worker asks one of them. ValueError where
+    they read less than training has, or the projection is none of ours."""
     import ray
 
     from infra.engine import EngineSpec

@@ -51,6 +51,8 @@ def choose(
         ({"teacher": 32 * BILLION, "workers": 1, "engines": False}, True, "whole", False),
         ({"settings": {"teacher": "sharded"}}, False, "sharded", True),
         ({"settings": {"teacher": "served"}}, False, "served", True),
+        # What is not asked is not served.
+        ({"settings": {"teacher": "served"}, "method": {"type": "sft"}}, False, "whole", True),
         ({"settings": {"teacher": "whole"}, "teacher": 32 * BILLION}, True, "whole", False),
         ({"settings": {"model_share": 0.3}}, True, "whole", True),
         # On CPU a student is never sharded, and float32 is what is read.
