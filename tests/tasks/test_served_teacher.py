@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from toys import EOS, WORDS, commit_inputs, kept_rows, save_model, stage_of
+from toys import EOS, WORDS, commit_inputs, kept_rows, pair, stage_of
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from infra.engine import EngineSpec
@@ -110,9 +110,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
 
 @pytest.fixture(scope="module")
 def inputs(store: LocalStore) -> dict[str, str]:
-    student = save_model(store, "student", seed=1)
-    teacher = save_model(store, "teacher", seed=2, hidden=64, spread=0.2)
-    return commit_inputs(store, {"student": student, "teacher": teacher}, kept_rows(48))
+    return commit_inputs(store, pair(store), kept_rows(48))
 
 
 def test_training_with_engines_is_that_with_the_teacher_in_memory(

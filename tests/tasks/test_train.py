@@ -19,7 +19,7 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
-from toys import EOS, commit_inputs, kept_rows, save_model, stage_of
+from toys import EOS, commit_inputs, kept_rows, pair, save_model, stage_of
 from transformers import AutoModelForCausalLM
 
 from infra.parts import read_rows
@@ -47,10 +47,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
 
 @pytest.fixture(scope="module")
 def inputs(store: LocalStore) -> dict[str, str]:
-    student = save_model(store, "student", seed=1)
-    teacher = save_model(store, "teacher", seed=2, hidden=64, spread=0.2)
-    stranger = teacher.model_copy(update={"name": "stranger", "tokenizer_hash": "another"})
-    return commit_inputs(store, {"student": student, "teacher": teacher, "stranger": stranger}, kept_rows(48))
+    models = pair(store)
+    stranger = models["teacher"].model_copy(update={"name": "stranger", "tokenizer_hash": "another"})
+    return commit_inputs(store, {**models, "stranger": stranger}, kept_rows(48))
 
 
 def curve(stage: Stage[TrainSettings]) -> Any:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import commit_inputs, kept_rows, save_model, stage_of
+from toys import commit_inputs, kept_rows, pair, stage_of
 from two_workers import facts, on_two
 
 from infra.store import LocalStore
@@ -39,11 +39,7 @@ Facts = dict[str, Any]
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
     """By method, of one plain worker."""
     store = LocalStore(tmp_path_factory.mktemp("store"))
-    models = {
-        "student": save_model(store, "student", seed=1),
-        "teacher": save_model(store, "teacher", seed=2, hidden=64, spread=0.2),
-    }
-    inputs = commit_inputs(store, models, kept_rows(48))
+    inputs = commit_inputs(store, pair(store), kept_rows(48))
     # Six sequences over two workers, three at once: shares, micro-batches and rollouts are all unequal.
     train = {"steps": 3, "batch_size": 6, "micro_batch": 3, "learning_rate": 1e-2, "warmup_steps": 0}
     return {name: plan_of(stage_of(store, inputs, {**train, "method": method})) for name, method in METHODS.items()}

@@ -56,6 +56,12 @@ def save_model(
     )
 
 
+def pair(store: LocalStore) -> dict[str, ModelRef]:
+    """A student, and a teacher of another width that is sure of more."""
+    student = save_model(store, "student", seed=1)
+    return {"student": student, "teacher": save_model(store, "teacher", seed=2, hidden=64, spread=0.2)}
+
+
 def kept_rows(count: int, seed: int = 0) -> pa.Table:
     """Rows of unequal lengths whose response counts upwards from the prompt's last word: easy to learn."""
     generator = torch.Generator().manual_seed(seed)
