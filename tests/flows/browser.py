@@ -50,20 +50,20 @@ class Operator:
         self.page.keyboard.type(typed)
         self.page.locator(".p-select-option", has_text=option).first.click()
 
-    def press(self, button: str, request: str) -> None:
-        """Press a button that sends a request. A server whose database is busy answers 503, of which the page only says
-        that something went wrong: one presses again."""
+    def press(self, button: str, request: str) -> Any:
+        """Press a button that sends a request; returns what is answered. A server whose database is busy answers 503,
+        of which the page only says that something went wrong: one presses again."""
         while True:
             with self.page.expect_response(request) as answered:
                 self.page.get_by_role("button", name=button).click()
             if answered.value.status != 503:
                 break
         assert answered.value.ok, answered.value.text()
+        return answered.value
 
     def submit(self) -> str:
         """Start what the form says; returns the flow run's id."""
-        self.press("Submit", "**/create_flow_run")
-        # Notes lie upon each other while they move: the last one is on top.
-        self.page.get_by_role("button", name="View run").last.click()
-        self.page.wait_for_url("**/runs/flow-run/**")
-        return self.page.url.rsplit("/", 1)[1].partition("?")[0]
+        run = str(self.press("Submit", "**/create_flow_run").json()["id"])
+        # Not by the note that links to it: it moves and goes by itself, and on a loaded machine a click on it is lost.
+        self.page.goto(f"{self.up.ui}/runs/flow-run/{run}")
+        return run
