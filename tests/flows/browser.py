@@ -1,11 +1,14 @@
 """Somebody at a real browser before Prefect's UI."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from machine import Up
+from playwright.sync_api import TimeoutError
 
 SETTLE_MS = 2000
+TRIES = 10
 
 
 class Operator:
@@ -23,10 +26,20 @@ class Operator:
         """From the list of deployments to the form of a run of one's own."""
         self.page.goto(f"{self.up.ui}/deployments")
         self.page.get_by_role("link", name="distill", exact=True).first.click()
-        self.page.get_by_role("button", name="Run", exact=True).click()
         self.shoot("deployment")
-        self.page.get_by_text("Custom run").click()
+        self.take_of_menu(self.page.get_by_role("button", name="Run", exact=True), "Custom run")
         self.page.wait_for_timeout(SETTLE_MS)
+
+    def take_of_menu(self, menu: Any, entry: str) -> None:
+        """Open a menu and choose of it. The page draws itself anew when an answer comes, which closes what is open: one
+        opens it again."""
+        option = self.page.get_by_text(entry, exact=True).locator("visible=true").first
+        for _ in range(TRIES):
+            with suppress(TimeoutError):
+                if not option.is_visible():
+                    menu.click(timeout=SETTLE_MS)
+                return option.click(timeout=SETTLE_MS)
+        raise AssertionError(f"{entry!r} could not be chosen in {TRIES} tries")
 
     def field(self, label: str) -> Any:
         """The innermost part of the form with this label."""
@@ -36,12 +49,12 @@ class Operator:
     def take_kind(self, union: Any, kind: str, field: str) -> None:
         """Choose one kind of a union; ``field`` is one that only this kind has. On a loaded machine the page sets the
         deployment's values late, which undoes what was chosen before: one looks, and chooses again."""
-        for _ in range(10):
+        for _ in range(TRIES):
             union.get_by_text(kind, exact=True).first.click()
             self.page.wait_for_timeout(SETTLE_MS)
             if self.field(field).is_visible():
                 return
-        raise AssertionError(f"{kind!r} was chosen ten times, and {field!r} is not shown")
+        raise AssertionError(f"{kind!r} was chosen {TRIES} times, and {field!r} is not shown")
 
     def choose(self, select: Any, option: str, typed: str = "") -> None:
         """Open a list by its keyboard, since the click that focuses it may close it again, and choose of it."""

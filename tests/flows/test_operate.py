@@ -110,8 +110,7 @@ def wait_for_nothing(up: Up, before: set[int], held: float) -> None:
 
 def start_again(operator: Operator, up: Up, run: str) -> str:
     """Copy the run whose page is open to a new one; returns the new one's id."""
-    operator.page.locator(".flow-run-menu").click()
-    operator.page.get_by_text("Copy to new run").click()
+    operator.take_of_menu(operator.page.locator(".flow-run-menu"), "Copy to new run")
     again = operator.submit()
     assert again != run
     assert up.ask(f"/flow_runs/{again}")["parameters"] == up.ask(f"/flow_runs/{run}")["parameters"]

@@ -25,8 +25,8 @@ def open_deployment(operator: Operator, name: str) -> dict[str, Any]:
 
 def test_a_deployments_parameters_are_edited(operator: Operator, up: Up) -> None:
     page, before = operator.page, open_deployment(operator, "distill-recurring")
-    page.locator(".p-icon-button-menu:not(.deployment-schedule__menu)").locator("visible=true").first.click()
-    page.get_by_text("Edit", exact=True).locator("visible=true").first.click()
+    menu = page.locator(".p-icon-button-menu:not(.deployment-schedule__menu)").locator("visible=true").first
+    operator.take_of_menu(menu, "Edit")
     operator.field("root (Optional)").locator("textarea").fill("runs/edited")
     operator.press("Save", f"**/deployments/{up.deployment('distill-recurring')['id']}")
     edited = up.deployment("distill-recurring")
@@ -59,9 +59,8 @@ def test_a_schedule_is_added(operator: Operator, up: Up) -> None:
 
 def test_a_quick_run_starts_at_once(operator: Operator, up: Up) -> None:
     page, id_ = operator.page, open_deployment(operator, "reap")["id"]
-    page.get_by_role("button", name="Run", exact=True).click()
     with page.expect_response("**/create_flow_run") as answered:
-        page.get_by_text("Quick run").click()
+        operator.take_of_menu(page.get_by_role("button", name="Run", exact=True), "Quick run")
     run = answered.value.json()
     assert run["deployment_id"] == id_
     assert up.wait(run["id"], seconds=SECONDS)["type"] == "COMPLETED"
