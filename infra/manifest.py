@@ -16,13 +16,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic.dataclasses import dataclass
 from pydantic_core import from_json, to_json
 
 from infra.store import Store, StorePath
@@ -31,19 +33,21 @@ FORMAT = 1
 # Made once: every row's id is written by it.
 CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 SEAL = re.compile(rb'{\n "sha256": "([0-9a-f]{64})",')
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model")
+Count = Annotated[int, Field(ge=0)]
 
 
-class Part(BaseModel):
-    """One committed Parquet file of a table."""
+@dataclass(slots=True, config=ConfigDict(arbitrary_types_allowed=True))
+class Part:
+    """One committed Parquet file of a table. A data set has tens of thousands: half a KB each, a third of a model's."""
 
-    # Of the table that the part was found in, for its readers to check; None where it was found by its record.
-    _schema: pa.Schema | None = PrivateAttr(None)
-    shard: int = Field(ge=0)
+    shard: Count
     path: StorePath
-    rows: int = Field(ge=0)
-    bytes: int = Field(ge=0)
+    rows: Count
+    bytes: Count
     sha256: str
+    # Of the table that the part was found in, for its readers to check; None where it was found by its record.
+    schema: Annotated[pa.Schema | None, Field(exclude=True)] = field(default=None, init=False, repr=False)
 
 
 class Table(BaseModel):
@@ -64,7 +68,7 @@ class Table(BaseModel):
     @model_validator(mode="after")
     def _tell_its_parts(self) -> Self:
         for part in self.parts:
-            part._schema = self.arrow_schema
+            part.schema = self.arrow_schema
         return self
 
     @property
@@ -85,7 +89,7 @@ class File(BaseModel):
     """One file of a folder that the stage made, such as a model's weights."""
 
     path: StorePath
-    bytes: int = Field(ge=0)
+    bytes: Count
     sha256: str
 
 
@@ -151,7 +155,7 @@ def parsed(store: Store, path: str, data: bytes, kind: type[Model]) -> Model:
     if seal and hashlib.sha256(data[seal.end() :]).hexdigest().encode() != seal[1]:
         raise DamagedError(store.location(path), path, "has other bytes than were committed")
     try:
-        return kind.model_validate_json(data)
+        return TypeAdapter(kind).validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))

@@ -7,6 +7,7 @@ from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic_core import to_json
 
 from infra.manifest import DamagedError, Manifest, Part, Table, brief, parsed, part_path
 from infra.store import Store
@@ -58,7 +59,7 @@ def record_part(store: Store, folder: str, table: str, shard: int, rows: int, da
     part = Part(shard=shard, path=path, rows=rows, bytes=len(data), sha256=digest)
     record = record_path(folder, table, shard)
     store.write(path, data)
-    if store.create(record, part.model_dump_json().encode()):
+    if store.create(record, to_json(part)):
         return part
     first = read_record(store, record)
     if first.path != path:
@@ -170,7 +171,7 @@ def decode_part(store: Store, part: Part, data: bytes, columns: list[str] | None
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
         schema = file.schema_arrow
-        differs = difference(schema, part._schema) if part._schema is not None else ""
+        differs = difference(schema, part.schema) if part.schema is not None else ""
         unknown = set(columns or ()) - set(schema.names)
         if not differs and not unknown:
             return file.read(columns=columns)
