@@ -15,7 +15,6 @@ spoil each other: the second to record a shard adopts the first's part.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -179,7 +178,9 @@ def load_manifest(store: Store, path: str) -> Manifest:
         for name, table in manifest.tables.items()
         for part in table.parts
     )
-    if manifest.path != path or not named or not all(place.startswith(f"{folder}/") for place in places(manifest)):
+    # Not a part among the files: to repair a damaged file would remove it, and leave its record.
+    filed = all(file.path.startswith(f"{folder}/files/") for files in manifest.files.values() for file in files)
+    if manifest.path != path or not named or not filed:
         raise DamagedError(store.location(path), path, "is damaged (it is of another stage, or names another's files)")
     return manifest
 
@@ -192,14 +193,6 @@ def brief(error: Exception) -> str:
 def part_path(folder: str, table: str, shard: int, sha256: str) -> str:
     """Where the part of a shard lies that has these bytes."""
     return f"{folder}/{table}/part-{shard:05d}-{sha256[:16]}.parquet"
-
-
-def places(manifest: Manifest) -> Iterator[str]:
-    """Of everything that the stage made."""
-    for table in manifest.tables.values():
-        yield from (part.path for part in table.parts)
-    for files in manifest.files.values():
-        yield from (file.path for file in files)
 
 
 def commit_manifest(store: Store, manifest: Manifest) -> Manifest:

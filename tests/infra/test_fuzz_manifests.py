@@ -164,10 +164,17 @@ def crossed(document: Any) -> Any:
     return document
 
 
+def filed(document: Any) -> Any:
+    """A part among the files."""
+    document["files"]["model"][0]["path"] = document["tables"].pop("rows")["parts"][1]["path"]
+    return document
+
+
 @fuzz(0.4)
 @given(document=mutated([values_of("manifest")]))
 @example(document={**values_of("manifest"), "format": 20})
 @example(document=crossed(values_of("manifest")))
+@example(document=filed(values_of("manifest")))
 @example(document={**values_of("manifest"), "stage": "../../outside"})
 @example(document={**values_of("manifest"), "fingerprint": "../../../outside"})
 def test_a_manifest_with_other_values(place: Place, document: Any) -> None:
