@@ -1,6 +1,8 @@
 """Runs side by side, and what each signal would have chosen. Read from what runs left; nothing is run again."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
 
 from flows.record import RunRecord
 from infra.manifest import Manifest
@@ -9,7 +11,11 @@ from infra.store import Store
 from tasks import value
 from tasks.accounts import teacher_queries
 from tasks.config.budget import Budget
+from tasks.config.signals import Select
 from tasks.metrics import METRICS
+
+if TYPE_CHECKING:
+    from tasks.ranking import Ranking
 
 
 def comparison(store: Store, record: RunRecord) -> dict[str, Any]:
@@ -58,44 +64,37 @@ def choices(store: Store, record: RunRecord) -> list[dict[str, Any]]:
     wrong, and what their annotation would have cost in teacher tokens, by the mean of each source. ValueError where the
     run has not selected yet.
     """
-    import numpy as np
-    import pyarrow.compute as pc
-
-    from kernels.selection import SELECTED, choose
-    from tasks.config.signals import Select
-    from tasks.select import deciding, deciding_columns, uncertainty
+    from tasks.ranking import deciding_columns, ranking
 
     manifests = record.manifests(store)
     if "select" not in manifests:
         raise ValueError(f"run {record.run} has not selected prompts yet: its stage select is not done")
     queries, seed = manifests["select"].settings["queries"], manifests["select"].settings["seed"]
     ways = {way: Select(**settings) for way, settings in WAYS.items()}
-    columns = {name for select in ways.values() for name in deciding_columns(select)}
-    parts = read_table(store, manifests["select"], "signals", sorted(columns | {"selected"}))
-    table, sources, ties = deciding(parts, seed)
-    own = table["selected"].to_numpy(zero_copy_only=False)
+    columns = sorted({name for select in ways.values() for name in deciding_columns(select)} | {"selected"})
+    signals = manifests["select"].tables["signals"].arrow_schema
+    schema = pa.schema([signals.field(name) for name in columns])
     by_source = tokens_by_source(store, manifests)
-    rows = []
-    for way, select in ways.items():
-        order = np.lexsort((ties, -uncertainty(select, table)))
-        chosen = choose(order, sources, queries) == SELECTED
-        known = table["correct"].filter(chosen).drop_null()
-        counts = pc.value_counts(table["source"].filter(chosen)).to_pylist()
-        rows.append(
-            {
-                "signal": way,
-                "queries": int(chosen.sum()),
-                "shared": int((chosen & own).sum()),
-                "known_wrong": len(known) - pc.sum(known).as_py() if known else None,
-                "known": len(known),
-                "mean_unique_answers": pc.mean(table["unique_answers"].filter(chosen)).as_py(),
-                "mean_ta_student": pc.mean(table["ta_student"].filter(chosen)).as_py(),
-                "teacher_tokens": round(
-                    sum(by_source.get(entry["values"], by_source[""]) * entry["counts"] for entry in counts)
-                ),
-            }
-        )
-    return rows
+    with ranking(read_table(store, manifests["select"], "signals", columns), schema, seed) as ranked:
+        return [{"signal": way} | choice(ranked, select, queries, by_source) for way, select in ways.items()]
+
+
+def choice(ranked: "Ranking", select: Select, queries: int, by_source: dict[str, float]) -> dict[str, Any]:
+    """What one way would have selected."""
+    from tasks.ranking import SELECTED
+
+    ranked.decide(select, queries)
+    chosen = f"FROM candidates JOIN fates USING (n) WHERE fates.reason = '{SELECTED}'"
+    measures = f"""
+        SELECT count(*) AS queries, count(*) FILTER (selected) AS shared,
+            CASE WHEN count(correct) > 0 THEN count(*) FILTER (NOT correct) END AS known_wrong,
+            count(correct) AS known, avg(unique_answers) AS mean_unique_answers, avg(ta_student) AS mean_ta_student
+        {chosen}
+    """
+    (row,) = ranked.db.execute(measures).to_arrow_table().to_pylist()
+    counts = ranked.db.execute(f"SELECT source, count(*) {chosen} GROUP BY source").fetchall()
+    tokens = sum(by_source.get(source, by_source[""]) * count for source, count in counts)
+    return row | {"teacher_tokens": round(tokens)}
 
 
 def tokens_by_source(store: Store, manifests: dict[str, Manifest]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Self-consistency of one prompt's answers, and the rank average that turns several signals into one uncertainty.
+"""Self-consistency of one prompt's answers.
 
     python -m pytest tests/kernels/test_consistency.py
 
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,37 +53,3 @@ def consistency(answers: Sequence[str | None], key: str) -> Consistency:
         majority_answer=majority,
         majority_index=answers.index(majority),
     )
-
-
-def rank_share(values_N: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Ranks of N values, scaled to 0 (smallest) … 1 (largest); equal values share the mean of their ranks, and all
-    equal values are 0.5. ValueError for NaN, which has no rank."""
-    values_N = np.asarray(values_N)
-    sorted_N = np.sort(values_N)
-    if len(sorted_N) and np.isnan(sorted_N[-1]):
-        raise ValueError("rank of NaN: give every row a value")
-    if not len(sorted_N) or sorted_N[0] == sorted_N[-1]:
-        return np.full(len(values_N), 0.5)
-    # Zero-based ranks of equal values run from (those below) to (those below or equal − 1). In place: N may be large.
-    ends_N = np.searchsorted(sorted_N, values_N, "right")
-    ends_N += np.searchsorted(sorted_N, values_N, "left")
-    ends_N -= 1
-    return ends_N / (2 * (len(values_N) - 1))
-
-
-def rank_average(columns: Sequence[npt.ArrayLike], weights: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Uncertainty in [0, 1] of N rows: the weighted mean of each column's ``rank_share``. Larger values of a column
-    mean more uncertain; columns of weight 0 are not read. ValueError where no weight is positive or one is negative."""
-    if len(columns) != len(weights) or min(weights, default=0) < 0 or not any(weights):
-        raise ValueError(
-            f"weights {list(weights)} of {len(columns)} signals: none may be negative, one must be above 0"
-        )
-    # In place: N may be large.
-    total_N = np.zeros(len(np.asarray(columns[0])))
-    for column, weight in zip(columns, weights, strict=True):
-        if weight:
-            share_N = rank_share(column)
-            share_N *= weight
-            total_N += share_N
-    total_N /= sum(weights)
-    return np.clip(total_N, 0.0, 1.0, out=total_N)

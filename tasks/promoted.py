@@ -116,6 +116,8 @@ def roll_back(store: Store, name: str) -> tuple[Promotion, Promotion]:
         if old.previous is None:
             raise ValueError(f"--name: {name!r} has no student before {old.student} (entry {old.number})")
         entry = entry_path(name, old.previous)
+        if not store.exists(entry):
+            raise DamagedError(store.location(entry), entry, f"is missing, to which entry {old.number} rolls back")
         back = entry_of(store, name, entry, store.read(entry))
         new = back.model_copy(
             update={

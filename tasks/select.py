@@ -7,23 +7,21 @@ prompts by the rank average of both are selected, as many as the budget has quer
 ``signals`` with all its signals and its reason.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from math import isnan
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
 from infra.parts import read_part, read_table
-from kernels.consistency import Consistency, consistency, rank_average
-from kernels.selection import REASONS, SELECTED, choose
+from kernels.consistency import Consistency, consistency
 from tasks import schemas
 from tasks.config.base import Config
 from tasks.config.signals import Confidence, PTrue, Select
 from tasks.engines import Call, engines, model_of
+from tasks.ranking import SELECTED, deciding_columns, ranking
 from tasks.sample import slices
 from tasks.score import as_confidence, confidence_call
 from tasks.stage import Stage, main
@@ -32,10 +30,6 @@ from tasks.verify import final_answer, is_correct
 # Columns of SIGNAL that one prompt's samples and the TA decide; the others need all prompts.
 OWN_COLUMNS = [field for field in schemas.SIGNAL if field.name not in ("uncertainty", "selected", "reason")]
 OBSERVED = pa.schema(OWN_COLUMNS)
-
-
-# What decides: self-consistency by its measure (column, and the sign that makes more of it doubt), and the others.
-MEASURES = {"unique": ("unique_answers", 1.0), "majority": ("majority_share", -1.0), "entropy": ("entropy", 1.0)}
 
 
 class SelectSettings(Config):
@@ -140,86 +134,32 @@ def score(stage: Stage[SelectSettings]) -> None:
     stage.close_table("observed", OBSERVED)
 
 
-def draw(seed: int, prompt_id: str) -> int:
-    """A prompt's random number: 63 bits, the same in every run of this seed."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\x1fselect\x1f{prompt_id}".encode()).digest()[:8], "big") >> 1
-
-
-def deciding_columns(select: Select) -> list[str]:
-    """What is read of the observed: no more, as it is held for all candidates."""
-    measure, _ = MEASURES[select.consistency]
-    return list(dict.fromkeys(["prompt_id", "source", "unique_answers", measure, "ta_student", "correct"]))
-
-
-def deciding(parts: Iterable[pa.Table], seed: int) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """What decides of N candidates: their signals, the number of each one's source [N], and the draw of each [N], which
-    breaks ties. No text stays in memory: some 30 bytes a candidate, by the types of the columns."""
-    small, draws = [], []
-    for rows in parts:
-        prompt_ids = rows["prompt_id"].to_pylist()
-        draws.append(np.fromiter((draw(seed, prompt_id) for prompt_id in prompt_ids), np.int64, len(prompt_ids)))
-        named = rows.drop_columns(["prompt_id", "source"])
-        small.append(named.append_column("source", rows["source"].dictionary_encode()))
-    columns = pa.concat_tables(small).unify_dictionaries()
-    codes = [chunk.indices.to_numpy() for chunk in columns["source"].chunks]
-    return columns, np.concatenate([np.empty(0, np.int32), *codes]), np.concatenate(draws)
-
-
-def uncertainty(select: Select, columns: pa.Table) -> np.ndarray:
-    """Of N prompts, 0 (certain) to 1: the rank average of the signals; random selection has none and gives 0.5 to all;
-    the oracle knows what is wrong (1), right (0) and unknown (0.5)."""
-    if select.rule == "random":
-        return np.full(columns.num_rows, 0.5)
-    if select.rule == "oracle":
-        known = columns["correct"]
-        return pc.if_else(pc.is_null(known), 0.5, pc.if_else(known, 0.0, 1.0)).to_numpy()
-    column, sign = MEASURES[select.consistency]
-    # An answer that the TA's engine died of is not worth a query: no doubt in it.
-    doubts = [sign * columns[column].to_numpy(), 1.0 - pc.fill_null(columns["ta_student"], 1.0).to_numpy()]
-    return rank_average(doubts, [select.consistency_weight, select.assistant_weight])
-
-
 def run(stage: Stage[SelectSettings]) -> None:
     score(stage)
     settings = stage.settings
     parts = stage.manifest.tables["observed"].parts
     # A few small columns decide; the rows themselves are read again part by part.
-    observed = read_table(stage.store, stage.manifest, "observed", deciding_columns(settings.select))
-    columns, sources_N, ties_N = deciding(observed, settings.seed)
-    uncertainty_N = uncertainty(settings.select, columns)
-    order_N = np.lexsort((ties_N, -uncertainty_N))
-    reasons_N = choose(
-        order_N,
-        sources_N,
-        settings.queries,
-        most=settings.select.source_share,
-        balance=settings.select.balance,
-    )
-    selected_N = reasons_N == SELECTED
-
-    position = 0
-    for part, (shard, prompts) in zip(parts, slices(stage, "prompts", "candidates", settings.shard_size), strict=True):
-        rows = read_part(stage.store, part)
-        prompts = prompts.filter(pc.is_in(prompts["prompt_id"], rows["prompt_id"].combine_chunks()))
-        here = slice(position, position + rows.num_rows)
-        position += rows.num_rows
-        chosen = selected_N[here]
-        stage.commit(
-            "signals",
-            shard,
-            rows.append_column("uncertainty", pa.array(uncertainty_N[here], pa.float32()))
-            .append_column("selected", pa.array(chosen))
-            .append_column("reason", pa.array([REASONS[code] for code in reasons_N[here]]))
-            .cast(schemas.SIGNAL),
-        )
-        stage.commit("selected", shard, prompts.filter(pa.array(chosen)))
+    columns = deciding_columns(settings.select)
+    observed = read_table(stage.store, stage.manifest, "observed", columns)
+    schema = pa.schema([OBSERVED.field(name) for name in columns])
+    with ranking(observed, schema, settings.seed) as ranked:
+        ranked.decide(settings.select, settings.queries)
+        start = 0
+        cut = slices(stage, "prompts", "candidates", settings.shard_size)
+        for part, (shard, prompts) in zip(parts, cut, strict=True):
+            rows, fates = read_part(stage.store, part), ranked.fates(start, start + part.rows)
+            prompts = prompts.filter(pc.is_in(prompts["prompt_id"], rows["prompt_id"].combine_chunks()))
+            chosen = pc.equal(fates["reason"], SELECTED)
+            signals = rows.append_column("uncertainty", fates["uncertainty"]).append_column("selected", chosen)
+            stage.commit("signals", shard, signals.append_column("reason", fates["reason"]).cast(schemas.SIGNAL))
+            stage.commit("selected", shard, prompts.filter(chosen))
+            start += part.rows
+        means = "SELECT avg(unique_answers), avg(ta_student) FROM candidates"
+        (stage.facts["mean_unique_answers"], stage.facts["mean_ta_student"]) = ranked.db.execute(means).fetchall()[0]
     stage.close_table("signals", schemas.SIGNAL)
     stage.close_table("selected", schemas.PROMPT)
     stage.facts.update(
-        candidates=len(order_N),
-        selected=int(selected_N.sum()),
-        mean_unique_answers=float(np.mean(columns["unique_answers"].to_numpy())),
-        mean_ta_student=pc.mean(columns["ta_student"]).as_py(),
+        candidates=stage.manifest.tables["signals"].rows, selected=stage.manifest.tables["selected"].rows
     )
 
 

@@ -191,8 +191,9 @@ def test_a_manifest_with_other_values(place: Place, document: Any) -> None:
 def test_a_manifest_with_other_bytes(place: Place, data: bytes) -> None:
     with place.holding(place.manifest.path, data):
         # The hash in its head tells; damage to the head alone leaves it as good as one of an older version.
-        body = SEAL.sub(b"", originals("manifest"))
-        assert told(lambda: load_manifest(place.store, place.manifest.path)) or data.endswith(body)
+        if not told(lambda: load_manifest(place.store, place.manifest.path)):
+            found = load_manifest(place.store, place.manifest.path)
+            assert found == Manifest.model_validate_json(originals("manifest"))
         look_at_stage(place)
 
 
@@ -298,6 +299,7 @@ def test_records_of_runs_promotions_and_cycles(tmp_path: Path, kind: str) -> Non
     @given(data=mutated([values_of(kind)]).map(written) | damaged([originals(kind)]))
     @example(data=written({**values_of(kind), "name": "another"}))
     @example(data=written({**values_of(kind), "manifest": "x" * 5000}))
+    @example(data=written({**values_of(kind), "previous": 7}))
     def each(data: bytes) -> None:
         with (
             place.holding(path, data),

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.consistency import consistency, rank_average, rank_share
+from kernels.consistency import consistency
 
 
 def test_all_agree():
@@ -59,39 +59,3 @@ def test_ranges(answers):
     assert 1 / len(answers) <= found.majority_share <= 1
     assert 0 <= found.entropy <= 1
     assert answers[found.majority_index] == found.majority_answer
-
-
-def test_ranks_by_hand():
-    assert rank_share([10, 30, 20]).tolist() == [0, 1, 0.5]
-    assert rank_share([1, 1, 2, 2]).tolist() == [1 / 6, 1 / 6, 5 / 6, 5 / 6]
-    assert rank_share([4, 4]).tolist() == [0.5, 0.5]
-    assert rank_share([4]).tolist() == [0.5]
-    assert rank_share([]).tolist() == []
-
-
-@given(st.lists(st.integers(-5, 5), min_size=2, max_size=30))
-def test_ranks_are_those_counted_one_by_one(values):
-    plain = [(sum(b < a for b in values) + (sum(b == a for b in values) - 1) / 2) / (len(values) - 1) for a in values]
-    assert rank_share(values) == pytest.approx(plain)
-
-
-def test_rank_average():
-    unique, doubt = [1, 3, 2], [0.9, 0.1, 0.5]
-    assert rank_average([unique, doubt], [1, 0]).tolist() == [0, 1, 0.5]
-    assert rank_average([unique, doubt], [1, 1]).tolist() == [0.5, 0.5, 0.5]
-    assert rank_average([unique, doubt], [3, 1]).tolist() == [0.25, 0.75, 0.5]
-
-
-def test_an_unused_signal_may_be_missing():
-    assert rank_average([[1, 2], [np.nan, np.nan]], [1, 0]).tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("weights", [[0, 0], [1, -1], [1]])
-def test_weights_that_make_no_average(weights):
-    with pytest.raises(ValueError, match="weights"):
-        rank_average([[1, 2], [3, 4]], weights)
-
-
-def test_nan_has_no_rank():
-    with pytest.raises(ValueError, match="NaN"):
-        rank_average([[1, np.nan]], [1])

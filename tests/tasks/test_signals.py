@@ -1,14 +1,12 @@
-"""What the signals are made of: ratings, and the doubt about each prompt."""
+"""What the signals are made of: ratings, and which annotations stay."""
 
 import pyarrow as pa
 import pytest
 
 from infra.models import ModelRef
-from tasks.config.signals import Keep, Select, Verbalized
+from tasks.config.signals import Keep, Verbalized
 from tasks.keeping import choose
-from tasks.schemas import SIGNAL
 from tasks.score import as_confidence, confidence_call, rating
-from tasks.select import deciding_columns, uncertainty
 
 
 @pytest.mark.parametrize(
@@ -36,56 +34,6 @@ def test_verbalized_confidence_asks_and_reads() -> None:
     assert call.arguments[1] == [[{"role": "user", "content": "2 + {answer}? | 4 ?"}]]
     assert call.options["temperature"] == 0.0
     assert as_confidence(settings, pa.table({"text": ["2", "none"]})) == [0.25, 0.0]
-
-
-ROWS = [
-    {
-        "prompt_id": "sure",
-        "unique_answers": 1,
-        "majority_share": 1.0,
-        "entropy": 0.0,
-        "ta_student": 0.9,
-        "correct": True,
-    },
-    {
-        "prompt_id": "split",
-        "unique_answers": 2,
-        "majority_share": 0.5,
-        "entropy": 1.0,
-        "ta_student": 0.5,
-        "correct": None,
-    },
-    {
-        "prompt_id": "torn",
-        "unique_answers": 3,
-        "majority_share": 0.6,
-        "entropy": 0.8,
-        "ta_student": 0.1,
-        "correct": False,
-    },
-]
-
-
-@pytest.mark.parametrize(
-    ("select", "most_wanted"),
-    [
-        (Select(), ["torn", "split", "sure"]),
-        (Select(consistency="entropy", assistant_weight=0), ["split", "torn", "sure"]),
-        (Select(consistency="majority", assistant_weight=0), ["split", "torn", "sure"]),
-        (Select(consistency_weight=0), ["torn", "split", "sure"]),
-        (Select(rule="oracle"), ["torn", "split", "sure"]),
-    ],
-)
-def test_doubt_ranks_prompts(select: Select, most_wanted: list[str]) -> None:
-    columns = pa.Table.from_pylist(ROWS, SIGNAL).select(deciding_columns(select))
-    found = uncertainty(select, columns)
-    assert [name for _, name in sorted(zip(-found, columns["prompt_id"].to_pylist(), strict=True))] == most_wanted
-
-
-def test_random_selection_doubts_all_alike_and_no_weight_at_all_is_refused() -> None:
-    assert set(uncertainty(Select(rule="random"), pa.Table.from_pylist(ROWS, SIGNAL))) == {0.5}
-    with pytest.raises(ValueError, match="both 0"):
-        Select(consistency_weight=0, assistant_weight=0)
 
 
 @pytest.mark.parametrize(
