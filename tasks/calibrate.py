@@ -5,7 +5,7 @@ that is trained on says what its own confidence is worth.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,14 +25,14 @@ class Fit(NamedTuple):
 
 def fitted(
     shards: Iterable[tuple[int, list[dict[str, Any]], pa.Table]],
-    confidence_by_shard: dict[int, np.ndarray],
+    confidences_of: Callable[[int], np.ndarray],
     settings: Calibration,
     seed: int,
     validation_share: float,
 ) -> tuple[Fit | None, int]:
     """The calibration, None where too little is known, and how many annotations could be used.
 
-    ``shards`` are (number, one prompt row per sample, samples); confidences are aligned with the samples.
+    ``shards`` are (number, one prompt row per sample, samples); a shard's confidences are aligned with its samples.
     """
     # Imports torch, which a stage that only filters can do without.
     from tasks.batches import chance
@@ -40,7 +40,7 @@ def fitted(
     seen, confidences, marks = [], [], []
     for shard, prompts, samples in shards:
         columns = samples.select(["sample_id", "text"]).to_pylist()
-        for prompt, sample, confidence in zip(prompts, columns, confidence_by_shard[shard].tolist(), strict=True):
+        for prompt, sample, confidence in zip(prompts, columns, confidences_of(shard).tolist(), strict=True):
             if math.isnan(confidence) or chance(seed, "validation", prompt["prompt_id"]) >= validation_share:
                 continue
             correct = is_correct(prompt["verifier"], sample["text"], prompt["answer"], prompt["entry"])

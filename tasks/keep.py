@@ -195,28 +195,27 @@ def filter_shard(
 
 def run(stage: Stage[KeepSettings]) -> None:
     score(stage)
-    parts = stage.manifest.tables["confidence"].by_shard
-    # One float a row: the only column of the whole stage that has to be in memory at once.
-    confidence_by_shard = {
-        shard: read_part(stage.store, part)["confidence"].to_numpy() for shard, part in parts.items()
-    }
-    keep, fit, confidences = stage.settings.keep, None, np.concatenate([[], *confidence_by_shard.values()])
+    scored, keep, fit = stage.manifest.tables["confidence"], stage.settings.keep, None
+
+    def confidences_of(shard: int) -> np.ndarray:
+        return read_part(stage.store, scored.by_shard[shard], ["confidence"])["confidence"].to_numpy()
+
     if keep.calibrate:
-        fit, known = fitted(
-            pairs(stage), confidence_by_shard, keep.calibrate, stage.settings.seed, stage.settings.validation_share
-        )
+        settings = stage.settings
+        fit, known = fitted(pairs(stage), confidences_of, keep.calibrate, settings.seed, settings.validation_share)
         stage.facts["calibration"] = {"known": known, "used": fit is not None}
-    least = threshold(keep, fit.map(confidences) if fit else confidences)
+    deciding = (fit.map(found) if fit else found for found in map(confidences_of, scored.by_shard))
+    least = threshold(keep, deciding, scored.rows)
     own = OwnAnswers(stage) if keep.stand_in else None
     readable = InStudentTokens(stage, stage.settings.template_args)
     for shard, prompts, samples in pairs(stage):
-        filter_shard(stage, shard, prompts, samples, confidence_by_shard[shard], fit, least, own, readable)
+        filter_shard(stage, shard, prompts, samples, confidences_of(shard), fit, least, own, readable)
     for table, schema in (("scores", schemas.SCORE), ("kept", schemas.KEPT), ("charged", schemas.CHARGED)):
         stage.close_table(table, schema)
     why = reasons(stage)
     stage.facts.update(
         threshold=least,
-        scored=stage.manifest.tables["confidence"].rows,
+        scored=scored.rows,
         kept=stage.manifest.tables["kept"].rows,
         reasons=why,
     )

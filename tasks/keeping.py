@@ -1,6 +1,8 @@
 """The rules by which annotations are kept: what is known of one by itself, and which of a prompt's stay."""
 
 import math
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,15 @@ from tasks.config.signals import Keep, StandIn
 from tasks.verify import final_answer, is_correct
 
 
-def threshold(keep: Keep, confidences: np.ndarray) -> float:
-    """The confidence from which an annotation is kept."""
+def threshold(keep: Keep, confidences: Iterable[np.ndarray], rows: int) -> float:
+    """The confidence from which an annotation is kept; ``confidences`` are those of all ``rows``, part by part. For a
+    quantile they are held, a float each."""
     if keep.rule == "absolute":
         return keep.threshold
-    if keep.rule == "quantile" and not np.isnan(confidences).all():
-        return float(np.nanquantile(confidences, keep.threshold))
+    if keep.rule == "quantile":
+        values_N = np.fromiter(chain.from_iterable(confidences), np.float64, rows)
+        if not np.isnan(values_N).all():
+            return float(np.nanquantile(values_N, keep.threshold, overwrite_input=True))
     return 0.0
 
 
