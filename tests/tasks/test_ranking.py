@@ -65,6 +65,7 @@ def test_no_weight_at_all_is_refused() -> None:
 
 
 def test_one_candidate_and_equal_ones_are_neither_certain_nor_uncertain() -> None:
+    assert decide([], Select(balance=0.5)) == []
     assert decide([candidate("a")], Select()) == [(0.5, SELECTED)]
     assert [value for value, _ in decide([candidate(name) for name in "abcde"], Select())] == [0.5] * 5
 
