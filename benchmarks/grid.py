@@ -41,7 +41,7 @@ LONGEST = 64
 RANGES: dict[str, dict[str, Any]] = {"chain_sum": {}, "gcd": {}, "leg_counting": {}, "products": {}}
 HELDOUT = 50
 # Seeds of problems, far apart: reasoning-gym makes problem i of seed s as problem i + 1 of seed s - 1.
-LEARNT_FROM, HELD_OUT = 3_000_000, 4_000_000
+LEARNT_FROM, HELD_OUT = 3_000_000, 4_400_000
 
 
 @dataclass(frozen=True, order=True)
@@ -129,7 +129,7 @@ def settings(cell: Cell, house: Path) -> dict[str, Any]:
         "models": models,
         "prompts": {
             "sources": [{"type": "reasoning_gym", "seed": LEARNT_FROM, "tasks": problems(300)}],
-            # Held-out problems are the same in all cells, whatever their seed: there are no more than are used.
+            # Held-out problems are the same in all cells, whatever their seed: there are no more than are used, and no twins.
             "heldout_sources": [{"type": "reasoning_gym", "seed": HELD_OUT, "tasks": problems(HELDOUT)}],
             "heldout": HELDOUT * len(RANGES),
             "max_prompt_tokens": 120,
