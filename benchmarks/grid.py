@@ -129,7 +129,7 @@ def settings(cell: Cell, house: Path) -> dict[str, Any]:
         "models": models,
         "prompts": {
             "sources": [{"type": "reasoning_gym", "seed": LEARNT_FROM, "tasks": problems(300)}],
-            # Held-out problems are the same in all cells, whatever their seed: there are no more than are used, and no twins.
+            # The same in all cells, whatever their seed: there are no more than are used, and no twins.
             "heldout_sources": [{"type": "reasoning_gym", "seed": HELD_OUT, "tasks": problems(HELDOUT)}],
             "heldout": HELDOUT * len(RANGES),
             "max_prompt_tokens": 120,

@@ -119,11 +119,14 @@ MANY = pa.table({"prompt": [f"What is {n}?" for n in range(250)], "answer": [str
 @given(damaged([parquet(MANY), parquet(MANY.slice(0, 3))]), st.sampled_from([FIELDS[0], FIELDS[2]]))
 @example(parquet(MANY)[:-20], FIELDS[0])
 @example(b"PAR1" * 2, FIELDS[0])
+@example(parquet(MANY), FIELDS[0])
+@example(parquet(MANY), FIELDS[2])
 def test_parquet_that_was_damaged(measure, tmp_path_factory, data, fields):
     read = take(measure, tmp_path_factory.getbasetemp() / "rows.parquet", data, "parquet", fields, "auto")
     assert read is None or read <= 250
     if data in (parquet(MANY), parquet(MANY.slice(0, 3))):
-        assert read in (250, 3)
+        # The other fields name columns that it has not.
+        assert read in ((250, 3) if fields == FIELDS[0] else (None,))
 
 
 TYPES = [
