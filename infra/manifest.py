@@ -46,7 +46,9 @@ class Part:
     bytes: Count
     sha256: str
     # Of the table that the part was found in, for its readers to check; None where it was found by its record.
-    schema: Annotated[pa.Schema | None, Field(exclude=True)] = field(default=None, init=False, repr=False)
+    schema: Annotated[pa.Schema | None, Field(exclude=True)] = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
 
 class Table(BaseModel):
