@@ -15,13 +15,14 @@ import numpy as np
 import pyarrow as pa
 
 from tasks.config.signals import Select
+from tasks.dedupe import insert
 
 SELECTED, EXHAUSTED, CAPPED = "selected", "budget_exhausted", "source_cap"
 # Of duckdb: enough for 2·10⁷ candidates, who spill (64 MiB were not). A second thread needs as much again.
 MEMORY = "128MiB"
 # Self-consistency by its measure: what makes more of it doubt.
 MEASURES = {"unique": "unique_answers", "majority": "-majority_share", "entropy": "entropy"}
-# The order of choice: draws break ties, of whom 63 bits leave none.
+# The order of choice: draws break ties.
 ORDER = "uncertainty DESC, draw, n"
 
 
@@ -36,13 +37,13 @@ def deciding_columns(select: Select) -> list[str]:
     return list(dict.fromkeys(["prompt_id", "source", "unique_answers", measure, "ta_student", "correct"]))
 
 
-def numbered(parts: Iterable[pa.Table], seed: int) -> Iterator[pa.RecordBatch]:
+def numbered(parts: Iterable[pa.Table], seed: int) -> Iterator[pa.Table]:
     """Candidates with their number and their draw in place of their id."""
     start = 0
     for rows in parts:
         draws = [draw(seed, prompt_id) for prompt_id in rows["prompt_id"].to_pylist()]
         columns = rows.drop_columns(["prompt_id"]).append_column("draw", pa.array(draws, pa.int64()))
-        yield from columns.append_column("n", pa.array(np.arange(start, start + rows.num_rows))).to_batches()
+        yield columns.append_column("n", pa.array(np.arange(start, start + rows.num_rows)))
         start += rows.num_rows
 
 
@@ -125,11 +126,9 @@ class Ranking:
 
 @contextmanager
 def ranking(parts: Iterable[pa.Table], schema: pa.Schema, seed: int) -> Iterator[Ranking]:
-    """The ranking of the candidates in ``parts``, tables of ``schema``; ``seed`` decides between equals."""
-    fields = [field for field in schema if field.name != "prompt_id"]
-    rows = pa.RecordBatchReader.from_batches(  # noqa: F841 (duckdb reads it by its name)
-        pa.schema([*fields, ("draw", pa.int64()), ("n", pa.int64())]), numbered(parts, seed)
-    )
+    """The ranking of the candidates in ``parts``, tables of ``schema``; ``seed`` decides between equals. What reading
+    the parts raises comes through, such as DamagedError."""
+    (empty,) = numbered([schema.empty_table()], seed)
     with tempfile.TemporaryDirectory(prefix="switchyard-ranking-") as folder:
         config: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": MEMORY,
@@ -138,5 +137,8 @@ def ranking(parts: Iterable[pa.Table], schema: pa.Schema, seed: int) -> Iterator
             "temp_directory": folder,
         }
         with duckdb.connect(f"{folder}/candidates.duckdb", config=config) as db:
-            db.execute("CREATE TABLE candidates AS FROM rows")
+            db.from_arrow(empty).create("candidates")
+            # By us and not by duckdb, which would make the reader's errors its own.
+            for rows in numbered(parts, seed):
+                insert(db, "candidates", rows)
             yield Ranking(db)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra.manifest import DamagedError
 from tasks.config.signals import Select
 from tasks.ranking import CAPPED, EXHAUSTED, SELECTED, deciding_columns, draw, ranking
 from tasks.schemas import SIGNAL
@@ -68,6 +70,18 @@ def test_one_candidate_and_equal_ones_are_neither_certain_nor_uncertain() -> Non
     assert decide([], Select(balance=0.5)) == []
     assert decide([candidate("a")], Select()) == [(0.5, SELECTED)]
     assert [value for value, _ in decide([candidate(name) for name in "abcde"], Select())] == [0.5] * 5
+
+
+def test_a_damaged_part_is_said_as_what_it_is() -> None:
+    """The stage forgets a damaged part by this error, and makes it anew."""
+    schema = pa.schema([SIGNAL.field(name) for name in deciding_columns(Select())])
+
+    def parts() -> Iterator[pa.Table]:
+        yield schema.empty_table()
+        raise DamagedError("here", "stages/x", "is missing")
+
+    with pytest.raises(DamagedError, match="is missing"), ranking(parts(), schema, 0):
+        pass
 
 
 def test_no_source_takes_more_than_its_share() -> None:
