@@ -2,10 +2,11 @@
 
     python -m benchmarks.house [--folder FOLDER] [--only ROLE …] [--measure]        (or: make house-models)
 
-The teacher is imperfect, the student weak but not at zero, the TA between them; the TA is also taught to judge: answers
-that the other two wrote, right or wrong by the task's own verifier, in the words in which a run asks it. One tokenizer:
-single characters, and whole tokens for the words that every problem of a family shares. Training problems and those
-of runs come from different seeds.
+The teacher is imperfect, the student weak but not at zero, the TA between them. The student is drilled in single steps
+and sees few whole solutions: it can calculate and hardly knows how to go about a problem, so that a run of some hundred
+annotations can teach it something. The TA is also taught to judge: answers that the other two wrote, right or wrong by
+the task's own verifier, in the words in which a run asks it. One tokenizer: single characters, and whole tokens for
+the words that every problem of a family shares. Training problems and those of runs come from different seeds.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.lessons import HOUSE, TASKS, Lesson, lessons
+from benchmarks.lessons import HOUSE, TASKS, Lesson, drills, lessons
 from benchmarks.pairs import load, response_states
 from kernels.calibration import auroc
 from kernels.decode import Sampling, alone
@@ -58,6 +59,8 @@ LONGEST = 72  # tokens of a response
 MEASURE_EVERY = 100
 MEASURED, COLD = 100, 0.05  # problems a task, temperature
 REVIEW = 0.4  # weight of a task that is known well enough
+PRACTICE = 0.05  # weight of a task beside judging
+DRILLED = 6000  # problems a task, taken apart into steps
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,16 @@ class Shape:
     problems: int = 10_000  # of each task
     learning_rate: float = 1.5e-3
     judge_steps: int = 0
+    drill_steps: int = 0
+    worked: float = 1.0  # share of whole solutions among drills
 
 
 SHAPES = {
-    "student": Shape(width=128, layers=4, steps=800, enough=0.2, problems=20_000),
+    "student": Shape(
+        width=128, layers=4, steps=0, enough=0.0, problems=300, learning_rate=2e-3, drill_steps=5000, worked=0.03
+    ),
     "teacher": Shape(width=160, layers=4, steps=9000, enough=0.8),
-    "assistant": Shape(width=160, layers=4, steps=0, enough=0.55, judge_steps=3000),
+    "assistant": Shape(width=160, layers=4, steps=0, enough=0.55, judge_steps=5000),
 }
 
 
@@ -192,6 +199,22 @@ def school(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequen
             break
 
 
+def drill(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequence]]) -> None:
+    """Teach single steps, and whole solutions now and then, with a rate that falls to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    weights = dict.fromkeys(rows, shape.worked)
+    for number, task in enumerate(TASKS):
+        rows = rows | {f"drill-{task}": [taught(tokenizer, each) for each in drills(task, DRILLED, 2_500_000 + number)]}
+        weights[f"drill-{task}"] = 1.0
+    rates = (
+        shape.learning_rate * min(1.0, (step + 1) / 50) * (1 - step / shape.drill_steps)
+        for step in range(shape.drill_steps)
+    )
+    for step in range(0, shape.drill_steps, 10 * MEASURE_EVERY):
+        loss = learn(model, optimizer, batches(rows, weights, 10 * MEASURE_EVERY, seed=step), rates)
+        print(f"{step + 10 * MEASURE_EVERY} steps, loss {loss:.3f}, {measure(model, tokenizer, 24)}", flush=True)
+
+
 def answers(model: Any, tokenizer: Any, problems: list[Lesson], temperature: float, seed: int) -> list[str]:
     """The model's responses."""
     texts: list[str] = []
@@ -243,7 +266,7 @@ def judge(model: Any, tokenizer: Any, shape: Shape, rows: dict[str, list[Sequenc
     asked = judged(tokenizer, others, 16_000, 2_000_000)
     print({verdict: len(side) for verdict, side in asked.items()}, flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    weights = {"right": 1.5, "wrong": 1.5, **dict.fromkeys(TASKS, 0.15)}
+    weights = {"right": 1.5, "wrong": 1.5, **dict.fromkeys(TASKS, PRACTICE)}
     rates = (0.6 * shape.learning_rate * (1 - step / shape.judge_steps) for step in range(shape.judge_steps))
     loss = learn(model, optimizer, batches(rows | asked, weights, shape.judge_steps, seed=9), rates)
     print(f"judge: loss {loss:.3f}", flush=True)
@@ -287,12 +310,20 @@ How well it tells right from wrong answers of teacher and student at temperature
 
 def card(role: str, model: Any, found: dict[str, float]) -> str:
     shape = SHAPES[role]
-    taught = (
-        "It is the teacher at an earlier step, then taught to tell right answers from wrong ones in the words of the"
-        f" signal `p_true`, on answers that teacher and student wrote ({shape.judge_steps} steps)."
-        if shape.judge_steps
-        else f"Taught until {100 * shape.enough:.0f} % of answers to each task were right, {shape.steps} steps at most."
-    )
+    if shape.judge_steps:
+        taught = (
+            "It is the teacher at an earlier step, then taught to tell right answers from wrong ones in the words of"
+            f" the signal `p_true`, on answers that teacher and student wrote ({shape.judge_steps} steps)."
+        )
+    elif shape.drill_steps:
+        taught = (
+            f"It was drilled in single steps of solutions ({shape.drill_steps} steps of {BATCH} rows), a whole solution"
+            f" among {1 + 1 / shape.worked:.0f} rows: it can calculate and hardly knows how to go about a problem."
+        )
+    else:
+        taught = (
+            f"Taught until {100 * shape.enough:.0f} % of answers to each task were right, {shape.steps} steps at most."
+        )
     return CARD.format(
         role=role,
         parameters=model.num_parameters(),
@@ -325,7 +356,9 @@ def main() -> None:
             }
             model = load(folder) if shape.judge_steps or arguments.done else fresh(shape, tokenizer, seed=len(role))
             print(f"{role}: {sum(parameter.numel() for parameter in model.parameters())} parameters", flush=True)
-            if not shape.judge_steps:
+            if shape.drill_steps:
+                drill(model, tokenizer, shape, rows)
+            elif not shape.judge_steps:
                 school(model, tokenizer, shape, rows, folder, arguments.done)
             else:
                 judge(model, tokenizer, shape, rows, [load(arguments.folder / name) for name in ("teacher", "student")])

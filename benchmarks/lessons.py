@@ -4,6 +4,7 @@ Problems and answers are reasoning-gym's; the steps are written here, so that a 
 ends with "Answer: …", and its own verifier reads that.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,3 +92,23 @@ def lessons(task: str, count: int, seed: int) -> Iterator[Lesson]:
     for entry in reasoning_gym.create_dataset(task, size=count, seed=seed, **TASKS[task]):
         solution = f"{WORKED[task](entry['metadata'])}. Answer: {entry['answer']}"
         yield Lesson(task, entry["question"], solution, entry["answer"])
+
+
+def drills(task: str, count: int, seed: int) -> list[Lesson]:
+    """One to three single steps as a problem of their own, from the solutions of so many problems: "18 % 3. 41 % 3" is
+    answered "18 % 3 = 0. 41 % 3 = 2". Where a step goes on from the one before, as totals of legs do, steps of a
+    problem's beginning stay together."""
+    generator = random.Random(seed)
+    solutions = [lesson.solution.split(". ")[:-1] for lesson in lessons(task, count, seed)]
+    if task == "leg_counting":
+        spans = [steps[: generator.randint(1, 2)] for steps in solutions]
+    else:
+        steps = [step for solution in solutions for step in solution]
+        generator.shuffle(steps)
+        spans = []
+        while steps:
+            spans.append([steps.pop() for _ in range(min(generator.randint(1, 3), len(steps)))])
+    asked = " * " if task == "leg_counting" else " = "
+    return [
+        Lesson(task, ". ".join(step.partition(asked)[0] for step in span), ". ".join(span), span[-1]) for span in spans
+    ]

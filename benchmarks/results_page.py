@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.gains import Found
-from benchmarks.grid import BATCH, BUDGET, METHOD, STEPS, Arm, grid
+from benchmarks.grid import BATCH, BUDGET, METHOD, STEPS, WARMUP_STEPS, Arm, grid
 from tasks.canvas import COLORS, STYLE
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -136,7 +136,7 @@ def text(found: Found, summary: dict[str, Any]) -> str:
         "Made by `python -m benchmarks.methods --page` from `benchmarks/results/methods`, and not edited.",
         f"{len(cells)} of {whole} cells are run ({dates[0]} to {dates[-1]}, {cells[0]['conditions']['processor']}, "
         f"{cells[0]['conditions']['cores']} cores). A cell is a whole run on house models (`benchmarks/house`): "
-        f"{STEPS // 3} steps of warm-up and {STEPS} of training, {BATCH} sequences each, {BUDGET} teacher queries "
+        f"{WARMUP_STEPS} steps of warm-up and {STEPS} of training, {BATCH} sequences each, {BUDGET} teacher queries "
         f"where not said otherwise. Cells took {seconds[0]:.0f} to {seconds[-1]:.0f} s, half of them under "
         f"{seconds[len(seconds) // 2]:.0f} s, on a machine with other work; they reuse stages of earlier ones. "
         "Accuracy is the mean over tasks, on held-out problems that are the same for all cells, answers sampled at "

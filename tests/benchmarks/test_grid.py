@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import gains, results_page
 from benchmarks.cells import todo
-from benchmarks.grid import GATES, METHODS, SEEDS, Arm, Cell, core, grid, settings
+from benchmarks.grid import BUDGET, BUDGETS, GATES, METHODS, SEEDS, Arm, Cell, core, grid, settings
 from tasks.config import RunConfig
 
 HOUSE = Path("/house")
@@ -45,7 +45,7 @@ def test_the_core_comes_first_and_begins_with_pairs() -> None:
     [
         (Arm(signals="none"), {"signals.use"}),
         (Arm(signals="one-stage"), {"budget.warmup_share", "signals.use"}),
-        (Arm(budget=60), {"budget.queries"}),
+        (Arm(budget=BUDGETS[0]), {"budget.queries"}),
         (Arm(gate="constant-0.2"), {"train.method.gate"}),
         (Arm(method="kd"), {"train.method.type", "train.method.max_new_tokens"}),
     ],
@@ -131,28 +131,28 @@ def test_only_seeds_that_both_arms_have_are_compared(tmp_path: Path) -> None:
 
 
 def test_at_equal_tokens_none_is_read_between_its_budgets(tmp_path: Path) -> None:
-    none = [Arm(signals="none", budget=budget) for budget in (60, 120, 240)]
+    none = [Arm(signals="none", budget=budget) for budget in BUDGETS]
     for seed in SEEDS:
         write(tmp_path, Arm(), seed, 0.6, teacher_tokens=3000)
         for arm, right, tokens in zip(none, (0.2, 0.3, 0.5), (1000, 2000, 4000), strict=True):
             write(tmp_path, arm, seed, right, teacher_tokens=tokens)
-        write(tmp_path, Arm(budget=240), seed, 0.7, teacher_tokens=5000)
+        write(tmp_path, Arm(budget=BUDGETS[2]), seed, 0.7, teacher_tokens=5000)
     found = gains.load(tmp_path)
     summary = gains.summary(found)
     equal = summary["at_equal_tokens"]
     own, below, above = (gains.accuracy(gains.shares(found[arm], SEEDS)) for arm in (Arm(), none[1], none[2]))
     # Halfway between 2,000 and 4,000 tokens.
-    assert equal[120]["value"] == pytest.approx(own / (below / 2 + above / 2) - 1, abs=1e-4)
-    assert (equal[120]["tokens"], equal[120]["budgets"]) == (3000, [120, 240])
-    low, high = equal[120]["interval"]
-    assert low < equal[120]["value"] < high
-    assert equal[120]["value"] < summary["by_signals"]["all"]["value"]
+    assert equal[BUDGET]["value"] == pytest.approx(own / (below / 2 + above / 2) - 1, abs=1e-4)
+    assert (equal[BUDGET]["tokens"], equal[BUDGET]["budgets"]) == (3000, list(BUDGETS[1:]))
+    low, high = equal[BUDGET]["interval"]
+    assert low < equal[BUDGET]["value"] < high
+    assert equal[BUDGET]["value"] < summary["by_signals"]["all"]["value"]
     assert summary["by_signals"]["all"]["tokens"] == 1.5
     # More tokens than no signals had anywhere: nothing can be said.
-    assert equal[240] is None
+    assert equal[BUDGETS[2]] is None
     page = results_page.text(found, summary)
-    assert "| 120 | 3,000 | 120 and 240 | +" in page
-    assert "| 240 | – | no cells on either side yet |" in page
+    assert f"| {BUDGET} | 3,000 | {BUDGET} and {BUDGETS[2]} | +" in page
+    assert f"| {BUDGETS[2]} | – | no cells on either side yet |" in page
     assert "- The same at equal teacher tokens: +" in page
     assert "against plain fine-tuning: " not in page
 
@@ -160,7 +160,7 @@ def test_at_equal_tokens_none_is_read_between_its_budgets(tmp_path: Path) -> Non
 def test_cells_of_other_house_models_are_refused(tmp_path: Path) -> None:
     write(tmp_path, Arm(), 1, 0.6)
     write(tmp_path, Arm(signals="none"), 1, 0.6, models={"teacher": "t1", "student": "s2"})
-    with pytest.raises(ValueError, match="its student is s2, that of switch-all-120-seed1 is s1") as caught:
+    with pytest.raises(ValueError, match=f"its student is s2, that of switch-all-{BUDGET}-seed1 is s1") as caught:
         gains.load(tmp_path)
     assert "\n" not in str(caught.value)
     command = [sys.executable, "-m", "benchmarks.methods", "--report", "--results", str(tmp_path)]
@@ -184,5 +184,5 @@ def test_the_page_and_its_plot_are_written(tmp_path: Path) -> None:
     write(tmp_path, Arm(), 1, 0.6)
     found = gains.load(tmp_path)
     results_page.write(found, gains.summary(found), tmp_path)
-    assert "| `switch` | all | 120 | 1 |" in (tmp_path / "results.md").read_text()
+    assert f"| `switch` | all | {BUDGET} | 1 |" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "results-arms.png").stat().st_size > 1000
