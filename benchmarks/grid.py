@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.lessons import TASKS
 
 SEEDS = (1, 2, 3)
-# Chosen on plain fine-tuning alone, before any arm was compared: the student learns, and more from more.
+# Chosen by plain fine-tuning, where the student learns and more from more, and by the time a cell takes.
 BUDGET = 400
 BUDGETS = (200, BUDGET, 800)
 METHOD = "switch"
