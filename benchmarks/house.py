@@ -317,8 +317,9 @@ def card(role: str, model: Any, found: dict[str, float]) -> str:
         )
     elif shape.drill_steps:
         taught = (
-            f"It was drilled in single steps of solutions ({shape.drill_steps} steps of {BATCH} rows), a whole solution"
-            f" among {1 + 1 / shape.worked:.0f} rows: it can calculate and hardly knows how to go about a problem."
+            f"It was drilled in single steps of solutions to {DRILLED:,} further problems a task ({shape.drill_steps}"
+            f" steps of {BATCH} rows), a whole solution among {1 + 1 / shape.worked:.0f} rows: it can calculate and"
+            " hardly knows how to go about a problem."
         )
     else:
         taught = (

@@ -95,8 +95,8 @@ def lessons(task: str, count: int, seed: int) -> Iterator[Lesson]:
 
 
 def drills(task: str, count: int, seed: int) -> list[Lesson]:
-    """One to three single steps as a problem of their own, from the solutions of so many problems: "18 % 3. 41 % 3" is
-    answered "18 % 3 = 0. 41 % 3 = 2". Where a step goes on from the one before, as totals of legs do, steps of a
+    """One to three single steps as a problem of their own, from the solutions of ``count`` problems: "18 % 3. 41 % 3"
+    is answered "18 % 3 = 0. 41 % 3 = 2". Where a step goes on from the one before, as totals of legs do, steps of a
     problem's beginning stay together."""
     generator = random.Random(seed)
     solutions = [lesson.solution.split(". ")[:-1] for lesson in lessons(task, count, seed)]

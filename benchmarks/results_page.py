@@ -127,6 +127,7 @@ def text(found: Found, summary: dict[str, Any]) -> str:
     whole, cells = len(grid()), [cell for seeds in found.values() for cell in seeds.values()]
     dates = sorted({cell["conditions"]["date"] for cell in cells})
     seconds = sorted(cell["seconds"] for cell in cells)
+    loads = sorted(cell["conditions"]["load"] for cell in cells)
     length = [
         [row["task"], f"{row['tokens']:.0f}", percent(row["lead"], True), bounds(row["interval"])]
         for row in summary["by_length"]
@@ -138,7 +139,8 @@ def text(found: Found, summary: dict[str, Any]) -> str:
         f"{cells[0]['conditions']['cores']} cores). A cell is a whole run on house models (`benchmarks/house`): "
         f"{WARMUP_STEPS} steps of warm-up and {STEPS} of training, {BATCH} sequences each, {BUDGET} teacher queries "
         f"where not said otherwise. Cells took {seconds[0]:.0f} to {seconds[-1]:.0f} s, half of them under "
-        f"{seconds[len(seconds) // 2]:.0f} s, on a machine with other work; they reuse stages of earlier ones. "
+        f"{seconds[len(seconds) // 2]:.0f} s, where the load was {loads[0]:.1f} to {loads[-1]:.1f} when they "
+        "began; they reuse stages of earlier ones. "
         "Accuracy is the mean over tasks, on held-out problems that are the same for all cells, answers sampled at "
         "temperature 0.7. Intervals (95 %) resample problems and seeds; an arm with one seed has an interval over "
         "problems only, which is too narrow.",

@@ -87,7 +87,7 @@ def write(folder: Path, arm: Arm, seed: int, right: float, problems: int = 60, *
         "answer_tokens": {"gcd": 10.0, "sums": 20.0},
         "seconds": 60.0,
         "teacher_tokens": 1000,
-        "conditions": {"date": "2026-01-01", "processor": "a processor", "cores": 2},
+        "conditions": {"date": "2026-01-01", "processor": "a processor", "cores": 2, "load": 0.5},
         "models": {"teacher": "t1", "student": "s1"},
         **more,
     }

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from benchmarks.lessons import TASKS, lessons
+from benchmarks.grid import DISTINCT, HELD_OUT, HELDOUT, problems
+from benchmarks.lessons import TASKS, drills, lessons
 from tasks.config.prompts import ReasoningGymSource, ReasoningGymTask
 from tasks.sources import read
 from tasks.verify import is_correct
@@ -23,6 +24,24 @@ def test_a_solution_is_right_by_the_verifier_of_runs(task: str) -> None:
         row = problems[lesson.question]
         assert is_correct(row.verifier, lesson.solution, row.answer, row.entry), lesson
         assert not is_correct(row.verifier, lesson.solution + "1", row.answer, row.entry), lesson
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_drill_asks_for_the_steps_that_it_answers(task: str) -> None:
+    steps = {step for lesson in lessons(task, 30, 6) for step in lesson.solution.split(". ")[:-1]}
+    found = drills(task, 30, 6)
+    assert found
+    for drill in found:
+        answered = drill.solution.split(". ")
+        assert set(answered) <= steps
+        asked = drill.question.split(". ")
+        assert len(asked) == len(answered)
+        assert all(step.startswith(left) and left != step for left, step in zip(asked, answered, strict=True)), drill
+
+
+def test_as_many_problems_are_held_out_as_the_grid_says() -> None:
+    sources = ReasoningGymSource(seed=HELD_OUT, tasks=[ReasoningGymTask(**task) for task in problems(HELDOUT)])
+    assert len({row.messages[-1]["content"] for row in read(sources, "auto")}) == DISTINCT
 
 
 @pytest.mark.parametrize("task", ["chain_sum", "gcd", "products"])
