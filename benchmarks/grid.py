@@ -106,9 +106,9 @@ def grid() -> list[Cell]:
     """All cells in their order."""
     arms = [
         *core(),
+        *(Arm(method=name) for name in METHODS[6:]),
         *(Arm(gate=name) for name in GATES),
         *(Arm(signals=name, budget=budget) for budget in BUDGETS if budget != BUDGET for name in SIGNALS),
-        *(Arm(method=name) for name in METHODS[6:]),
     ]
     first, rest = arms[:2], list(dict.fromkeys(arms[2:]))
     return [Cell(arm, seed) for seed in SEEDS for arm in first] + [Cell(arm, seed) for arm in rest for seed in SEEDS]

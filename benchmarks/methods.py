@@ -5,6 +5,8 @@
     python -m benchmarks.methods --page                      docs/results.md and its plots
 
 Results lie in benchmarks/results/methods, one file a cell. Runs lie below --root, where cells find each other's stages.
+A cell keeps one core busy, and cells of different seeds share little: with --seeds a process each, with a --root each,
+may run them.
 """
 
 import json
@@ -12,7 +14,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.conditions import RESULTS, options
-from benchmarks.grid import core, grid
+from benchmarks.grid import SEEDS, core, grid
 from benchmarks.lessons import HOUSE
 
 FOLDER_OF_RESULTS = RESULTS / "methods"
@@ -23,6 +25,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, help="run at most so many")
     parser.add_argument("--hours", type=float, default=24.0, help="start no cell after this")
     parser.add_argument("--core", action="store_true", help="the core grid only")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="cells of these seeds only")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cells whose names begin so")
     parser.add_argument("--root", default="runs/methods", help="where the runs lie")
     parser.add_argument("--results", type=Path, default=FOLDER_OF_RESULTS)
@@ -32,7 +35,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true")
     arguments = parser.parse_args()
     arms = core()
-    cells = [cell for cell in grid() if not arguments.core or cell.arm in arms]
+    cells = [cell for cell in grid() if cell.seed in arguments.seeds and (not arguments.core or cell.arm in arms)]
     cells = [cell for cell in cells if not arguments.only or cell.name.startswith(tuple(arguments.only))]
     if arguments.report or arguments.page:
         from benchmarks import gains, results_page
