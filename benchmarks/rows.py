@@ -30,7 +30,7 @@ import yaml
 from benchmarks.conditions import conditions, options, publish
 from tests.flows import tiny
 
-COUNTS = (10_000, 100_000, 1_000_000, 10_000_000)
+COUNTS = (10_000, 100_000, 1_000_000, 3_000_000, 10_000_000)
 SAMPLES, TOKENS = 5, 12
 MIB = 1 << 20
 # Modules in which stages take hold of engines.

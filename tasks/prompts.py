@@ -14,7 +14,6 @@ Of runs that follow each other (``after``) each takes new prompts only; where th
 tables and with the fact ``waits``, and nothing counts as taken.
 """
 
-import os
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -37,7 +36,8 @@ from tasks.verify import check_verifier
 
 # A written part: about so many rows at most, or so many bytes.
 PART_ROWS, PART_BYTES = 8192, 128 << 20
-# What duckdb needs for each thread, and how many vectors of prompts, of so many rows each, it may have in hand beside.
+# What duckdb needs for its one thread, and how many vectors of prompts, of so many rows each, it may have in hand
+# beside. A second thread would need as much again and save little: reading and comparing are ours.
 THREAD_BYTES, VECTORS, VECTOR_ROWS = 128 << 20, 8, 2048
 TOKEN_BYTES = 4
 # Sources of a run are few, but a ``source`` column may hold anything: so many are counted by name.
@@ -191,11 +191,10 @@ def check_unchanged(settings: PromptsSettings) -> None:
 
 def database(longest: int, folder: str) -> dict[str, Any]:
     """duckdb's settings for prompts of at most ``longest`` tokens: it takes what memory it may have, and spills."""
-    threads = min(4, os.cpu_count() or 1)
-    memory = threads * (THREAD_BYTES + VECTORS * VECTOR_ROWS * TOKEN_BYTES * longest)
+    memory = THREAD_BYTES + VECTORS * VECTOR_ROWS * TOKEN_BYTES * longest
     return {
         "memory_limit": f"{memory >> 20}MiB",
-        "threads": threads,
+        "threads": 1,
         "preserve_insertion_order": False,
         "temp_directory": f"{folder}/spill",
     }
