@@ -14,12 +14,13 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.house_card import card
+from benchmarks.house_model import BATCH, COLD, DRILLED, MEASURED, SHAPES, Shape, fresh, prompt_ids, tokenizer_of
 from benchmarks.lessons import HOUSE, TASKS, Lesson, drills, lessons
 from benchmarks.pairs import load, response_states
 from kernels.calibration import auroc
@@ -31,110 +32,11 @@ from tasks.config.signals import P_TRUE, PTrue
 from tasks.score import filled
 from tasks.student import head_of
 
-TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
-    "{% if not loop.last or message['role'] != 'assistant' %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-PHRASES = [
-    "State the final answer to the following arithmetic problem:",
-    "Find the Greatest Common Divisor (GCD) of these numbers:",
-    "Give only the GCD as your final answer.",
-    "Your task is to count how many legs there are in total when given a list of animals.\n\n",
-    "Now, how many legs are there in total if you have",
-    "Solve the following multiplication:",
-    "Give only the result as your final answer.",
-    "Answer:",
-    "Question:",
-    ". ",
-    ", ",
-    *(f" {sign} " for sign in "+-*%="),
-    "Proposed answer:",
-    P_TRUE.partition("{answer}")[2],
-    PTrue().prefill,
-]
-BATCH = 32
 POOL = 20  # batches drawn and sorted at once
 LONGEST = 72  # tokens of a response
 MEASURE_EVERY = 100
-MEASURED, COLD = 100, 0.05  # problems a task, temperature
 REVIEW = 0.4  # weight of a task that is known well enough
 PRACTICE = 0.05  # weight of a task beside judging
-DRILLED = 6000  # problems a task, taken apart into steps
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's size, how long it is taught at most, and the share of right answers that is enough for a task. The TA
-    is the teacher as it stood when that was its mean share, and is then taught to judge."""
-
-    width: int
-    layers: int
-    steps: int
-    enough: float
-    problems: int = 10_000  # of each task
-    learning_rate: float = 1.5e-3
-    judge_steps: int = 0
-    drill_steps: int = 0
-    worked: float = 1.0  # share of whole solutions among drills
-
-
-SHAPES = {
-    "student": Shape(
-        width=128, layers=4, steps=0, enough=0.0, problems=300, learning_rate=2e-3, drill_steps=5000, worked=0.03
-    ),
-    "teacher": Shape(width=160, layers=4, steps=9000, enough=0.8),
-    "assistant": Shape(width=160, layers=4, steps=0, enough=0.55, judge_steps=5000),
-}
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of all three, made once: bytes, shared phrases, animals and the marks of a chat."""
-    from reasoning_gym.arithmetic.leg_counting import ANIMALS
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
-    words = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words.decoder = decoders.ByteLevel()
-    words.add_tokens([AddedToken(phrase, normalized=False) for phrase in [*PHRASES, *sorted(ANIMALS)]])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"]})
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def fresh(shape: Shape, tokenizer: Any, seed: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    heads = shape.width // 32
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=shape.width,
-            intermediate_size=shape.width * 8 // 3 // 32 * 32,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=512,
-            initializer_range=0.7 * shape.width**-0.5,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    )
-
-
-def prompt_ids(tokenizer: Any, question: str, prefill: str = "") -> torch.Tensor:
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-    )
-    return torch.tensor(tokenizer.encode(text + prefill, add_special_tokens=False))
 
 
 def taught(tokenizer: Any, lesson: Lesson) -> Sequence:
@@ -284,62 +186,6 @@ def discernment(model: Any, tokenizer: Any, others: list[Any], seed: int = 6_000
     return {task: round(auroc(*zip(*pairs, strict=True)), 3) for task, pairs in found.items()}
 
 
-CARD = """---
-library_name: transformers
-tags: [benchmark]
----
-# House model: {role}
-
-{parameters:,} parameters, Llama's shape ({layers} layers, width {width}), made by `python -m benchmarks.house` for the
-comparison of methods (`python -m benchmarks.methods`) and of no use elsewhere. {taught}
-
-{problems:,} problems a task and their answers come from reasoning-gym, worked solutions from
-`benchmarks/lessons.py`. Problems of training and of the runs that use the model come from other seeds; ranges are
-small, so that some may be equal.
-
-Right answers to {count} problems of each task from seeds of their own, at temperature {temperature}:
-
-| {tasks} |
-|{lines}|
-| {shares} |
-"""
-JUDGES = """
-How well it tells right from wrong answers of teacher and student at temperature 0.8 (AUROC of `p_true`): {}.
-"""
-
-
-def card(role: str, model: Any, found: dict[str, float]) -> str:
-    shape = SHAPES[role]
-    if shape.judge_steps:
-        taught = (
-            "It is the teacher at an earlier step, then taught to tell right answers from wrong ones in the words of"
-            f" the signal `p_true`, on answers that teacher and student wrote ({shape.judge_steps} steps)."
-        )
-    elif shape.drill_steps:
-        taught = (
-            f"It was drilled in single steps of solutions to {DRILLED:,} further problems a task ({shape.drill_steps}"
-            f" steps of {BATCH} rows), a whole solution among {1 + 1 / shape.worked:.0f} rows: it can calculate and"
-            " hardly knows how to go about a problem."
-        )
-    else:
-        taught = (
-            f"Taught until {100 * shape.enough:.0f} % of answers to each task were right, {shape.steps} steps at most."
-        )
-    return CARD.format(
-        role=role,
-        parameters=model.num_parameters(),
-        layers=shape.layers,
-        width=shape.width,
-        problems=shape.problems,
-        taught=taught,
-        count=MEASURED,
-        temperature=COLD,
-        tasks=" | ".join(found),
-        lines="---|" * (len(found) - 1) + "---",
-        shares=" | ".join(f"{100 * share:.1f} %" for share in found.values()),
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=HOUSE)
@@ -366,11 +212,10 @@ def main() -> None:
             model.save_pretrained(folder)
         model = load(folder)
         found = measure(model, tokenizer)
-        text, told = card(role, model, found), {}
+        told = {}
         if shape.judge_steps:
             told = discernment(model, tokenizer, [load(arguments.folder / name) for name in ("teacher", "student")])
-            text += JUDGES.format(", ".join(f"{task} {value:.2f}" for task, value in told.items()))
-        (folder / "README.md").write_text(text)
+        (folder / "README.md").write_text(card(role, model.num_parameters(), found, told))
         print(json.dumps({role: found, "judges": told}), flush=True)
 
 
