@@ -1,7 +1,7 @@
 """Memory by rows: the stages between prompts and training, on 10⁴ to 10⁷ sampled rows.
 
     python -m benchmarks.rows --json
-    python -m benchmarks.rows --rows 10000 1000000
+    python -m benchmarks.rows --rows 20000000 --last select       whether what grew up to 10⁷ has reached its bound
 
 The story of ``flows/distill.py`` is followed as a run follows it, each stage in a process of its own, on a file of
 prompts with five student samples and one annotation each. Engines are replaced, in the stage's process, by answers made
@@ -172,8 +172,8 @@ class Enough(Exception):
     """The stages that grow with rows are done."""
 
 
-def measured(folder: Path, rows: int) -> dict[str, dict[str, float]]:
-    """By stage."""
+def measured(folder: Path, rows: int, last: str | None) -> dict[str, dict[str, float]]:
+    """By stage, up to the last one that is asked for."""
     from flows.cycle import identities
     from flows.distill import story
     from flows.story import Pipeline
@@ -190,6 +190,8 @@ def measured(folder: Path, rows: int) -> dict[str, dict[str, float]]:
             place.write_text(spec.model_dump_json())
             found[spec.stage] = alone("--stage", str(place))
             print({rows: {spec.stage: found[spec.stage]}}, file=sys.stderr, flush=True)
+            if spec.stage == last:
+                raise Enough
             return spec.manifest_path
 
     write_prompts(folder / "prompts.jsonl", rows // SAMPLES)
@@ -201,12 +203,13 @@ def measured(folder: Path, rows: int) -> dict[str, dict[str, float]]:
         story(Measuring(settings, root, "rows", {}), {**identities(settings, {}), "promoted": None})
     except Enough:
         return found
-    raise AssertionError("the story has no evaluation any more")
+    raise AssertionError("the story never came to the stage that ends it")
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=COUNTS, help="sampled rows, five a prompt")
+    parser.add_argument("--last", metavar="STAGE", help="end with this stage; default: the one before evaluation")
     parser.add_argument("--folder", type=Path, help="work below it; default: a temporary folder")
     parser.add_argument("--stage", help="only do the stage of this spec, and print the peak memory")
     parser.add_argument("--plan", help="only plan these settings, and print the peak memory")
@@ -224,7 +227,7 @@ def main() -> None:
     for rows in arguments.rows:
         folder = Path(tempfile.mkdtemp(prefix="switchyard-rows-", dir=arguments.folder))
         try:
-            by_rows[rows] = measured(folder, rows)
+            by_rows[rows] = measured(folder, rows, arguments.last)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     peaks = {
@@ -234,7 +237,7 @@ def main() -> None:
     result = {"conditions": conditions(), "samples_a_prompt": SAMPLES, "peak_mib_by_rows": peaks, "seconds": seconds}
     for stage, peak in peaks.items():
         print(f"{stage}: {', '.join(f'{int(rows):,} rows {mib:,.0f} MiB' for rows, mib in peak.items())}")
-    publish("rows", result, arguments)
+    publish(f"rows-{arguments.last}" if arguments.last else "rows", result, arguments)
 
 
 if __name__ == "__main__":
