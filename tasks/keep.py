@@ -204,8 +204,7 @@ def run(stage: Stage[KeepSettings]) -> None:
         settings = stage.settings
         fit, known = fitted(pairs(stage), confidences_of, keep.calibrate, settings.seed, settings.validation_share)
         stage.facts["calibration"] = {"known": known, "used": fit is not None}
-    deciding = (fit.map(found) if fit else found for found in map(confidences_of, scored.by_shard))
-    least = threshold(keep, deciding, scored.rows)
+    least = threshold(keep, lambda: map(confidences_of, scored.by_shard), fit.map if fit else None)
     own = OwnAnswers(stage) if keep.stand_in else None
     readable = InStudentTokens(stage, stage.settings.template_args)
     for shard, prompts, samples in pairs(stage):

@@ -1,28 +1,30 @@
 """The rules by which annotations are kept: what is known of one by itself, and which of a prompt's stay."""
 
 import math
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
+from kernels.calibration import Isotonic
 from kernels.consistency import consistency
+from kernels.quantile import neighbours
 from tasks.agreement import disagrees
 from tasks.config.signals import Keep, StandIn
 from tasks.verify import final_answer, is_correct
 
 
-def threshold(keep: Keep, confidences: Iterable[np.ndarray], rows: int) -> float:
-    """The confidence from which an annotation is kept; ``confidences`` are those of all ``rows``, part by part. For a
-    quantile they are held, a float each."""
+def threshold(keep: Keep, parts: Callable[[], Iterable[np.ndarray]], fit: Isotonic | None = None) -> float:
+    """The confidence from which an annotation is kept; ``parts()`` are the TA's confidences, part by part, which are
+    read through ``fit`` where there is one."""
     if keep.rule == "absolute":
         return keep.threshold
-    if keep.rule == "quantile":
-        values_N = np.fromiter(chain.from_iterable(confidences), np.float64, rows)
-        if not np.isnan(values_N).all():
-            return float(np.nanquantile(values_N, keep.threshold, overwrite_input=True))
-    return 0.0
+    found = neighbours(parts, keep.threshold) if keep.rule == "quantile" else None
+    if found is None:
+        return 0.0
+    # Ranks stay under a map that never falls, so that the two values can be mapped instead of all.
+    low, high = fit(np.array([found.low, found.high])).tolist() if fit else (found.low, found.high)
+    return low + (high - low) * found.way
 
 
 def reason(keep: Keep, least: float, sample: dict[str, Any], confidence: float, other: bool) -> str:

@@ -190,13 +190,13 @@ def test_a_mistake_is_told_and_not_tried_again(pool: EnginePool) -> None:
 
 def test_what_is_empty_or_has_no_score_is_not_trained_on() -> None:
     rule = Keep(rule="quantile", threshold=0.5, drop_truncated=True)
-    scores = np.array([0.2, nan, 0.8, 0.6])
-    least = threshold(rule, [scores[:2], scores[2:]], len(scores))
+    scores = np.array([0.2, nan, 0.8, 0.6], np.float32)
+    least = threshold(rule, lambda: [scores[:2], scores[2:]])
     assert least == pytest.approx(0.6)
     rows = [{"text": text, "finish_reason": "stop"} for text in ("a", "b", "  ", "d")]
     reasons = [reason(rule, least, row, score, other=False) for row, score in zip(rows, scores, strict=True)]
     assert reasons == ["below_threshold", "unscored", "empty", "kept"]
-    assert threshold(rule, [np.array([nan, nan])], 2) == 0.0
+    assert threshold(rule, lambda: [np.array([nan, nan])]) == 0.0
 
 
 def test_parts_of_a_call_join_to_its_result() -> None:

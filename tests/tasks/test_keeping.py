@@ -1,8 +1,9 @@
-"""Keeping beyond a threshold: the TA's own answer has to agree, and the student's text may stand in."""
+"""Keeping: the threshold of a quantile; the TA's own answer has to agree, and the student's text may stand in."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -10,9 +11,11 @@ from infra.manifest import commit_manifest
 from infra.models import ModelRef
 from infra.parts import read_rows
 from infra.store import LocalStore
+from kernels.calibration import isotonic
 from tasks import agreement, schemas
-from tasks.config.signals import Agreement
+from tasks.config.signals import Agreement, Keep
 from tasks.keep import CONFIDENCE, KeepSettings, run
+from tasks.keeping import threshold
 from tasks.stage import Stage, StageSpec
 
 # By prompt: the teacher's answers with the TA's confidence in each; the student's answers, the first being its
@@ -171,3 +174,12 @@ def test_the_ta_is_asked_each_prompt_once_and_no_shard_twice(tmp_path: Path) -> 
     assert agreement.answers_of(stage, 1) == {}
     assert not agreement.disagrees(prompt("7"), "7", agreement.answers_of(stage, 0))
     assert agreement.disagrees(prompt("deadly"), None, agreement.answers_of(stage, 0))
+
+
+def test_a_calibrated_quantile_is_that_of_the_calibrated_confidences() -> None:
+    random = np.random.default_rng(3)
+    confidences = random.random(101).astype(np.float32)
+    fit = isotonic(confidences[:40], random.random(40) < confidences[:40])
+    for share in (0.0, 0.2, 0.333, 0.5, 1.0):
+        found = threshold(Keep(rule="quantile", threshold=share), lambda: np.array_split(confidences, 3), fit)
+        assert np.isclose(found, np.quantile(fit(confidences), share), rtol=1e-12)
