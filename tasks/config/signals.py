@@ -174,9 +174,9 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 class Signals(Config):
     """Teaching-assistant-in-the-loop."""
 
-    use: Literal["all", "none", "consistency", "ta_student", "ta_teacher"] = "all"
-    """Which signals count, for ablations: one of them, or ``none``; it overrides the rules and weights below. ``all``:
-    as set below."""
+    use: Literal["all", "none", "consistency", "ta_student", "ta_teacher"] = "none"
+    """Which signals count: one of them, or ``none``; it overrides the rules and weights below. ``all``: as set below,
+    which is also the default where ``select`` or ``keep`` is set."""
     confidence: Confidence = PTrue()
     """How the TA's confidence is read."""
     keep: Keep = Keep()
@@ -189,6 +189,8 @@ class Signals(Config):
     @model_validator(mode="before")
     @classmethod
     def _ablated(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "use" not in data:
+            data = {**data, "use": "all" if {"select", "keep"} & data.keys() else "none"}
         use = data.get("use") if isinstance(data, dict) else None
         for part, fields in (ABLATIONS.get(use, {}) if isinstance(use, str) else {}).items():
             given = data.get(part) or {}

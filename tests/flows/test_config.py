@@ -47,6 +47,24 @@ def test_overrides_are_yaml_by_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("signals", "use", "select", "keep"),
+    [
+        ({}, "none", "random", "all"),
+        ({"candidates": 40}, "none", "random", "all"),
+        ({"use": "all"}, "all", "signals", "quantile"),
+        ({"keep": {"threshold": 0.2}}, "all", "signals", "quantile"),
+        ({"select": {"balance": 0.5}}, "all", "signals", "quantile"),
+        ({"use": "none", "keep": {"threshold": 0.2}}, "none", "random", "all"),
+    ],
+)
+def test_signals_count_where_they_are_asked_for(
+    tmp_path: Path, signals: dict[str, Any], use: str, select: str, keep: str
+) -> None:
+    found = read_config(changed(tmp_path, {"signals": signals}), None).signals
+    assert (found.use, found.select.rule, found.keep.rule) == (use, select, keep)
+
+
+@pytest.mark.parametrize(
     ("changes", "field", "fix"),
     [
         ({"train.stepz": 3}, "train.stepz", "not permitted"),
