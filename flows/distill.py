@@ -48,7 +48,7 @@ def prepare(pipeline: Pipeline, found: dict[str, Any]) -> tuple[str, str]:
             "seed": config.seed,
             "warmup": config.warmup_prompts,
             "queries": config.warmup_prompts + config.selected_prompts,
-            "candidates": config.signals.candidates,
+            "candidates": config.candidates,
             "chat_template_args": config.models.chat_template_args,
             "after": follows,
             # The tokenizer that counts: an endpoint's is not known.

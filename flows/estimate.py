@@ -77,7 +77,7 @@ def candidates(config: RunConfig) -> int:
         for task in source.tasks
     )
     left = max(0, known - config.prompts.heldout - config.warmup_prompts)
-    return min(config.signals.candidates or left, left) if known else config.signals.candidates or 0
+    return min(config.candidates or left, left) if known else config.candidates or 0
 
 
 def answering(config: RunConfig) -> list[float]:

@@ -174,6 +174,14 @@ class RunConfig(Config):
         """Prompts that teachers annotate once the signals have chosen them."""
         return self.budget.queries // self.queries_per_prompt - self.warmup_prompts
 
+    @property
+    def candidates(self) -> int | None:
+        """Prompts that the student is sampled on, None: all. As set; where its samples decide nothing, no more than
+        are annotated."""
+        if self.signals.candidates is not None or self.signals.select.rule != "random":
+            return self.signals.candidates
+        return self.selected_prompts + (self.mentor.prompts if self.mentor else 0)
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
         if min(self.warmup_prompts, self.selected_prompts) < 1:

@@ -184,7 +184,8 @@ class Signals(Config):
     select: Select = Select()
     """The filter before the teacher."""
     candidates: int | None = Field(default=None, ge=1)
-    """Prompts the student is sampled on, drawn at random from those not yet asked; all where absent."""
+    """Prompts the student is sampled on, drawn at random from those not yet asked. Absent: all; as many as are
+    annotated where prompts are selected at random."""
 
     @model_validator(mode="before")
     @classmethod

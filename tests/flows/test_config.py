@@ -60,8 +60,12 @@ def test_overrides_are_yaml_by_path(tmp_path: Path) -> None:
 def test_signals_count_where_they_are_asked_for(
     tmp_path: Path, signals: dict[str, Any], use: str, select: str, keep: str
 ) -> None:
-    found = read_config(changed(tmp_path, {"signals": signals}), None).signals
+    config = read_config(changed(tmp_path, {"signals": signals}), None)
+    found = config.signals
     assert (found.use, found.select.rule, found.keep.rule) == (use, select, keep)
+    # Nobody pays for samples that decide nothing.
+    spared = config.selected_prompts if select == "random" else None
+    assert config.candidates == signals.get("candidates", spared)
 
 
 @pytest.mark.parametrize(
