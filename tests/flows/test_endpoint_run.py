@@ -35,6 +35,8 @@ def settings(folder: Path, url: str) -> Path:
     data["evaluate"]["reference"] = "source"
     data["budget"] |= {"tokens": 1800, "approve_above": {"queries": 10}}
     del data["sampling"]["distributions"]
+    # As without this section, but for answers of tiny models, which never end: prompts are drawn at random.
+    data["signals"] = {"use": "none", "keep": {"drop_truncated": False}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(data))
     return folder / "tiny.yaml"
 
@@ -56,6 +58,13 @@ def test_a_run_with_a_teacher_behind_an_endpoint(endpoint: Endpoint, tmp_path: P
     assert proxy.billed[0] == answered < 24
     assert sum(proxy.billed[1:]) <= 1800
     assert "budget_exhausted" in ids(root, "annotate", "queries", "reason")
+    # Whoever is sampled is asked about, and nothing that was answered is dropped.
+    sampled, selected = (
+        ids(root, "student-sample", "samples", "prompt_id"),
+        ids(root, "select", "selected", "prompt_id"),
+    )
+    assert set(sampled) == set(selected)
+    assert set(ids(root, "keep", "scores", "reason")) == {"kept"}
     shown = subprocess.run(
         [*COMMAND, "show", "tiny", "--root", str(root), "--json"], capture_output=True, text=True, cwd=ROOT
     )
