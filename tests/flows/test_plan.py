@@ -314,6 +314,16 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
     assert problem == "models.student: id: 'nobody/nothing' is no folder here, and neither the hub nor its cache has it"
 
 
+def test_a_plan_says_what_signals_leave_to_chance(planned: Callable[..., Plan]) -> None:
+    def notes(**signals: Any) -> list[str]:
+        return planned(lambda data: data.update(signals=signals)).notes
+
+    assert notes() == ["signals: prompts are drawn at random and every whole annotation is kept (use: none)"]
+    assert notes(use="ta_teacher") == ["signals: prompts are drawn at random (use: ta_teacher)"]
+    assert notes(use="ta_student") == ["signals: every whole annotation is kept (use: ta_student)"]
+    assert notes(keep={"threshold": 0.2}) == []
+
+
 def test_a_plan_says_where_trainings_models_lie(planned: Callable[..., Plan]) -> None:
     def placed(**placement: Any) -> Plan:
         return planned(lambda data: data.update(resources={"train_workers": 2, "placement": placement}))
