@@ -144,7 +144,11 @@ def settings(cell: Cell, house: Path) -> dict[str, Any]:
             "student": {"temperature": 0.7, "max_tokens": LONGEST, "samples": 5},
             "shard_size": 256,
         },
-        "signals": {"candidates": CANDIDATES, "keep": {"rule": "quantile", "threshold": 0.2}},
+        "signals": {
+            "candidates": CANDIDATES,
+            "select": {"rule": "signals"},
+            "keep": {"rule": "quantile", "threshold": 0.2},
+        },
         "warmup": {**shared, "method": {"type": "sft"}, "steps": WARMUP_STEPS, "learning_rate": LEARNING_RATE / 2},
         "train": {**shared, "steps": STEPS, "learning_rate": LEARNING_RATE},
         "evaluate": {

@@ -47,11 +47,11 @@ def comparison(store: Store, record: RunRecord) -> dict[str, Any]:
 
 # Ways to choose, as settings of ``signals.select``.
 WAYS: dict[str, dict[str, Any]] = {
-    "unique answers": {"assistant_weight": 0.0},
-    "majority share": {"assistant_weight": 0.0, "consistency": "majority"},
-    "answer entropy": {"assistant_weight": 0.0, "consistency": "entropy"},
-    "TA's confidence": {"consistency_weight": 0.0},
-    "both": {},
+    "unique answers": {"rule": "signals", "assistant_weight": 0.0},
+    "majority share": {"rule": "signals", "assistant_weight": 0.0, "consistency": "majority"},
+    "answer entropy": {"rule": "signals", "assistant_weight": 0.0, "consistency": "entropy"},
+    "TA's confidence": {"rule": "signals", "consistency_weight": 0.0},
+    "both": {"rule": "signals"},
     "random": {"rule": "random"},
     "oracle": {"rule": "oracle"},
 }

@@ -93,8 +93,8 @@ def notes(config: RunConfig) -> list[str]:
     found = []
     silent = {"select": "prompts are drawn at random", "keep": "every whole annotation is kept"}
     chosen = {"select": config.signals.select.rule != "random", "keep": config.signals.keep.rule != "all"}
-    if said := " and ".join(text for part, text in silent.items() if not chosen[part]):
-        found.append(f"signals: {said} (use: {config.signals.use})")
+    if said := ", ".join(text for part, text in silent.items() if not chosen[part]):
+        found.append(f"signals: {said}")
     if peers := config.peers:
         review = f", peer review from {peers.review.threshold:g} on" if peers.review else ""
         routing = peers.routing.type.replace("_", " ")

@@ -175,7 +175,8 @@ def unasked(config: RunConfig) -> list[str]:
     """Candidates are more than those that the teacher is asked about, as far as they can be counted."""
     known, asked = candidates(config), config.selected_prompts
     if known and known <= asked:
-        return [f"mentor: the teacher is asked about all {known} candidates, none is left: raise signals.candidates"]
+        fix = "raise signals.candidates" if config.signals.candidates else "lower budget.queries, or add data"
+        return [f"mentor: the teacher is asked about all {known} candidates, none is left: {fix}"]
     return []
 
 

@@ -112,6 +112,7 @@ def confidence(store: Store, manifests: Manifests) -> tuple[list[Finding], list[
     pairs = calibrated(store, manifests)
     if pairs:
         dropped += " after calibration"
+    chosen = manifests["select"].settings["select"]["rule"] if "select" in manifests else None
     figures, calibrations, known = [], [], {}
     for name, (inputs, table, column) in asked.items():
         found = columns(store, manifests, inputs, table, [column, "correct"])
@@ -119,7 +120,7 @@ def confidence(store: Store, manifests: Manifests) -> tuple[list[Finding], list[
         scores, correct = found[column][scored], found["correct"][scored]
         if not len(scores):
             continue
-        note = "Doubt draws a query to the teacher."
+        note = "Doubt draws a query to the teacher." if chosen == "signals" else "Prompts were selected without it."
         if table == "scores":
             note = f"Annotations below {dropped} are dropped." if dropped else "No annotation is dropped for its score."
         figures.append(finding(f"TA's confidence in the {name}", note, plots.confidence, scores, correct))

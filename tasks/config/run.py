@@ -176,9 +176,10 @@ class RunConfig(Config):
 
     @property
     def candidates(self) -> int | None:
-        """Prompts that the student is sampled on, None: all. As set; where its samples decide nothing, no more than
+        """Prompts that the student is sampled on, None: all. As set; where nothing is chosen among them, no more than
         are annotated."""
-        if self.signals.candidates is not None or self.signals.select.rule != "random":
+        select = self.signals.select
+        if self.signals.candidates is not None or select.rule != "random" or select.balance or select.source_share < 1:
             return self.signals.candidates
         return self.selected_prompts + (self.mentor.prompts if self.mentor else 0)
 

@@ -118,7 +118,7 @@ class StandIn(Config):
 class Keep(Config):
     """Which annotations enter the training set."""
 
-    rule: Literal["absolute", "quantile", "weight", "all"] = "quantile"
+    rule: Literal["absolute", "quantile", "weight", "all"] = "all"
     """``absolute``: TA confidence at or above the threshold. ``quantile``: above that quantile of the stage's scores.
     ``weight``: all, weighted by confidence. ``all``: everything that is not empty."""
     threshold: float = Field(default=0.3, ge=0, le=1)
@@ -139,7 +139,7 @@ class Keep(Config):
 class Select(Config):
     """Which prompts are worth a teacher query."""
 
-    rule: Literal["signals", "random", "oracle"] = "signals"
+    rule: Literal["signals", "random", "oracle"] = "random"
     """``signals``: the highest uncertainty, the weighted rank average of both signals. ``random``: no signals.
     ``oracle``: what the student is known to get wrong, for analysis only."""
     consistency: Literal["unique", "majority", "entropy"] = "unique"
@@ -174,9 +174,9 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 class Signals(Config):
     """Teaching-assistant-in-the-loop."""
 
-    use: Literal["all", "none", "consistency", "ta_student", "ta_teacher"] = "none"
-    """Which signals count: one of them, or ``none``; it overrides the rules and weights below. ``all``: as set below,
-    which is also the default where ``select`` or ``keep`` is set."""
+    use: Literal["all", "none", "consistency", "ta_student", "ta_teacher"] = "all"
+    """Which signals count, for ablations: one of them, or ``none``; it overrides the rules and weights below. ``all``:
+    as set below."""
     confidence: Confidence = PTrue()
     """How the TA's confidence is read."""
     keep: Keep = Keep()
@@ -190,8 +190,6 @@ class Signals(Config):
     @model_validator(mode="before")
     @classmethod
     def _ablated(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "use" not in data:
-            data = {**data, "use": "all" if {"select", "keep"} & data.keys() else "none"}
         use = data.get("use") if isinstance(data, dict) else None
         for part, fields in (ABLATIONS.get(use, {}) if isinstance(use, str) else {}).items():
             given = data.get(part) or {}

@@ -47,25 +47,32 @@ def test_overrides_are_yaml_by_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("signals", "use", "select", "keep"),
+    ("signals", "select", "keep", "candidates"),
     [
-        ({}, "none", "random", "all"),
-        ({"candidates": 40}, "none", "random", "all"),
-        ({"use": "all"}, "all", "signals", "quantile"),
-        ({"keep": {"threshold": 0.2}}, "all", "signals", "quantile"),
-        ({"select": {"balance": 0.5}}, "all", "signals", "quantile"),
-        ({"use": "none", "keep": {"threshold": 0.2}}, "none", "random", "all"),
+        ({}, "random", "all", 12),
+        ({"candidates": 40}, "random", "all", 40),
+        ({"select": {"rule": "signals"}}, "signals", "all", None),
+        ({"keep": {"rule": "quantile"}}, "random", "quantile", 12),
+        # Shares of sources are chosen among more than are annotated.
+        ({"select": {"balance": 0.5}}, "random", "all", None),
+        ({"select": {"source_share": 0.5}}, "random", "all", None),
+        ({"use": "none", "select": {"rule": "signals"}, "keep": {"rule": "quantile"}}, "random", "all", 12),
     ],
 )
 def test_signals_count_where_they_are_asked_for(
-    tmp_path: Path, signals: dict[str, Any], use: str, select: str, keep: str
+    tmp_path: Path, signals: dict[str, Any], select: str, keep: str, candidates: int | None
 ) -> None:
     config = read_config(changed(tmp_path, {"signals": signals}), None)
-    found = config.signals
-    assert (found.use, found.select.rule, found.keep.rule) == (use, select, keep)
+    assert (config.signals.select.rule, config.signals.keep.rule) == (select, keep)
     # Nobody pays for samples that decide nothing.
-    spared = config.selected_prompts if select == "random" else None
-    assert config.candidates == signals.get("candidates", spared)
+    assert config.candidates == candidates
+
+
+def test_a_mentor_finds_candidates_that_the_teacher_was_not_asked_about(tmp_path: Path) -> None:
+    mentor: dict[str, Any] = {"model": {"type": "huggingface", "id": str(tmp_path / "teacher")}, "prompts": 5}
+    mentor |= {"sampling": {"max_tokens": 12}}
+    config = read_config(changed(tmp_path, {"signals": {}, "mentor": mentor}), None)
+    assert config.candidates == config.selected_prompts + 5
 
 
 @pytest.mark.parametrize(

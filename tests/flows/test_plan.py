@@ -318,10 +318,10 @@ def test_a_plan_says_what_signals_leave_to_chance(planned: Callable[..., Plan]) 
     def notes(**signals: Any) -> list[str]:
         return planned(lambda data: data.update(signals=signals)).notes
 
-    assert notes() == ["signals: prompts are drawn at random and every whole annotation is kept (use: none)"]
-    assert notes(use="ta_teacher") == ["signals: prompts are drawn at random (use: ta_teacher)"]
-    assert notes(use="ta_student") == ["signals: every whole annotation is kept (use: ta_student)"]
-    assert notes(keep={"threshold": 0.2}) == []
+    assert notes() == ["signals: prompts are drawn at random, every whole annotation is kept"]
+    assert notes(use="ta_student") == ["signals: every whole annotation is kept"]
+    assert notes(keep={"rule": "quantile"}) == ["signals: prompts are drawn at random"]
+    assert notes(use="all", select={"rule": "signals"}, keep={"rule": "weight"}) == []
 
 
 def test_a_plan_says_where_trainings_models_lie(planned: Callable[..., Plan]) -> None:

@@ -70,7 +70,11 @@ def settings(folder: Path) -> dict[str, Any]:
             "shard_size": 8,
             "distributions": {"type": "top"},
         },
-        "signals": {"candidates": 20, "keep": {"rule": "quantile", "threshold": 0.2, "drop_truncated": False}},
+        "signals": {
+            "candidates": 20,
+            "select": {"rule": "signals"},
+            "keep": {"rule": "quantile", "threshold": 0.2, "drop_truncated": False},
+        },
         "warmup": {**train, "method": {"type": "sft"}},
         "train": {**train, "method": {"type": "switch", "max_new_tokens": 12, "annotated": "stored"}},
         "evaluate": {"seeds": [1, 2], "max_tokens": 12, "reference": "teacher", "bootstrap": 200},

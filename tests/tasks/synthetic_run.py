@@ -61,7 +61,8 @@ class SyntheticRun:
 
     def stage(self, name: str, tables: dict[str, tuple[pa.Schema, list[dict]]], **facts) -> Stage:
         """A complete stage with these rows. ``facts`` may hold ``files``: {name: folder}."""
-        spec = StageSpec(stage=name, module=f"tasks.{name}", root=str(self.root))
+        settings = {"select": {"rule": "signals"}} if name == "select" else {}
+        spec = StageSpec(stage=name, module=f"tasks.{name}", root=str(self.root), settings=settings)
         stage = Stage(spec, self.config)
         for table, (schema, rows) in tables.items():
             half = max(1, len(rows) // 2)

@@ -45,11 +45,11 @@ ROWS = [
 @pytest.mark.parametrize(
     ("select", "uncertainty"),
     [
-        (Select(), [0, 0.5, 1]),
-        (Select(consistency="entropy", assistant_weight=0), [0, 1, 0.5]),
-        (Select(consistency="majority", assistant_weight=0), [0, 1, 0.5]),
-        (Select(consistency="entropy", consistency_weight=3), [0, 0.875, 0.625]),
-        (Select(consistency_weight=0), [0, 0.5, 1]),
+        (Select(rule="signals"), [0, 0.5, 1]),
+        (Select(rule="signals", consistency="entropy", assistant_weight=0), [0, 1, 0.5]),
+        (Select(rule="signals", consistency="majority", assistant_weight=0), [0, 1, 0.5]),
+        (Select(rule="signals", consistency="entropy", consistency_weight=3), [0, 0.875, 0.625]),
+        (Select(rule="signals", consistency_weight=0), [0, 0.5, 1]),
         (Select(rule="oracle"), [0, 0.5, 1]),
         (Select(rule="random"), [0.5, 0.5, 0.5]),
     ],
@@ -63,18 +63,18 @@ def test_doubt_ranks_prompts(select: Select, uncertainty: list[float]) -> None:
 
 def test_no_weight_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match="both 0"):
-        Select(consistency_weight=0, assistant_weight=0)
+        Select(rule="signals", consistency_weight=0, assistant_weight=0)
 
 
 def test_one_candidate_and_equal_ones_are_neither_certain_nor_uncertain() -> None:
-    assert decide([], Select(balance=0.5)) == []
-    assert decide([candidate("a")], Select()) == [(0.5, SELECTED)]
-    assert [value for value, _ in decide([candidate(name) for name in "abcde"], Select())] == [0.5] * 5
+    assert decide([], Select(rule="signals", balance=0.5)) == []
+    assert decide([candidate("a")], Select(rule="signals")) == [(0.5, SELECTED)]
+    assert [value for value, _ in decide([candidate(name) for name in "abcde"], Select(rule="signals"))] == [0.5] * 5
 
 
 def test_a_damaged_part_is_said_as_what_it_is() -> None:
     """The stage forgets a damaged part by this error, and makes it anew."""
-    schema = pa.schema([SIGNAL.field(name) for name in deciding_columns(Select())])
+    schema = pa.schema([SIGNAL.field(name) for name in deciding_columns(Select(rule="signals"))])
 
     def parts() -> Iterator[pa.Table]:
         yield schema.empty_table()
@@ -86,14 +86,14 @@ def test_a_damaged_part_is_said_as_what_it_is() -> None:
 
 def test_no_source_takes_more_than_its_share() -> None:
     wanted = [candidate(str(n), 9 - n, source="common" if n < 5 else "rare") for n in range(6)]
-    found = decide(wanted, Select(source_share=0.5, assistant_weight=0), 4)
+    found = decide(wanted, Select(rule="signals", source_share=0.5, assistant_weight=0), 4)
     assert [reason for _, reason in found] == [SELECTED, SELECTED, CAPPED, CAPPED, CAPPED, SELECTED]
 
 
 @pytest.mark.parametrize(("balance", "rare"), [(0.0, 0), (0.5, 6), (1.0, 10)])
 def test_balance_keeps_rare_sources_in(balance: float, rare: int) -> None:
     wanted = [candidate(str(n), 200 - n, source="common" if n < 90 else "rare") for n in range(100)]
-    found = decide(wanted, Select(balance=balance, assistant_weight=0), 20)
+    found = decide(wanted, Select(rule="signals", balance=balance, assistant_weight=0), 20)
     assert sum(reason == SELECTED for _, reason in found[90:]) == rare
     assert {reason for _, reason in found} == {SELECTED, EXHAUSTED}
 
@@ -127,7 +127,9 @@ def test_ranks_are_those_counted_and_budget_and_caps_hold(
     seed: int,
 ) -> None:
     candidates = [candidate(str(n), unique, ta, source=str(s)) for n, (unique, ta, s) in enumerate(doubts)]
-    select = Select(source_share=most, balance=balance, consistency_weight=weights[0], assistant_weight=weights[1])
+    select = Select(
+        rule="signals", source_share=most, balance=balance, consistency_weight=weights[0], assistant_weight=weights[1]
+    )
     found = decide(candidates, select, queries, seed)
     unique_shares = share([unique for unique, _, _ in doubts])
     ta_shares = share([0.0 if ta is None else 1 - ta for _, ta, _ in doubts])
