@@ -112,7 +112,12 @@ def budget_table(accounts: list[Account]) -> Table:
 
 
 def choices_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="what each signal would have selected", title_justify="left")
+    """``flows.compare.choices`` as a table."""
+    same = all(row["shared"] == row["queries"] for row in rows)
+    caption = (
+        "every candidate was selected: with more of them (signals.candidates) ways to select differ" if same else None
+    )
+    table = Table(title="what each signal would have selected", title_justify="left", caption=caption)
     table.add_column("signal")
     for name in ("queries", "as selected", "known to be wrong", "unique answers", "TA's confidence", "teacher tokens"):
         table.add_column(name, justify="right")

@@ -24,7 +24,8 @@ def neighbours(parts: Callable[[], Iterable[NDArray]], share: float) -> Neighbou
     """Where the ``share`` quantile (linear, as numpy has it) of all parts together lies; None where there is no value.
 
     Such floats are ordered as their bits are, so two passes over ``parts()`` find it exactly: the first counts values
-    by their upper 16 bits, the second those alike in these by the lower 16. Memory: 2¹⁶ counters, whatever N is.
+    by their upper 16 bits, the second those alike in these by the lower 16. Memory: some times 2¹⁶ counters, whatever
+    N is.
     """
 
     def bits() -> Iterator[NDArray]:
