@@ -37,7 +37,7 @@ from tasks.verify import check_verifier
 # A written part: about so many rows at most, or so many bytes.
 PART_ROWS, PART_BYTES = 8192, 128 << 20
 # What duckdb needs for its one thread, and how many vectors of prompts, of so many rows each, it may have in hand
-# beside. A second thread would need as much again and save little: reading and comparing are ours.
+# beside. A second thread would need as much again.
 THREAD_BYTES, VECTORS, VECTOR_ROWS = 128 << 20, 8, 2048
 TOKEN_BYTES = 4
 # Sources of a run are few, but a ``source`` column may hold anything: so many are counted by name.

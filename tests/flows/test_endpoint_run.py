@@ -50,7 +50,7 @@ def test_a_run_with_a_teacher_behind_an_endpoint(endpoint: Endpoint, tmp_path: P
         result = finish(start(settings(tmp_path, url), root, "--yes", said=tmp_path / "said.txt", **GIVEN))
     assert result["state"] == "Completed"
     assert result["metrics"]["teacher"]["loss"] is None
-    # The source has no written references, the endpoint's answers have no tokens of ours: no loss, but accuracy.
+    # The source has no written references: no loss, but accuracy.
     assert result["metrics"]["final"]["loss"] is None
     assert result["metrics"]["final"]["accuracy"] is not None
     answered = len(ids(root, "warmup-annotate", "samples", "sample_id")) + len(
