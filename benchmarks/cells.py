@@ -7,10 +7,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -26,6 +26,16 @@ from tasks.config import RunConfig
 
 ROOM = "methods"
 LABELS = ("base", "teacher", "warmup", "final")
+
+
+class Named(Protocol):
+    """A cell of any grid."""
+
+    @property
+    def name(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
 
 
 @contextmanager
@@ -57,24 +67,22 @@ def workshop(root: str) -> Iterator[dict[str, Any]]:
             cluster.close()
 
 
-def run(cell: Cell, house: Path, root: str, shared: dict[str, Any]) -> dict[str, Any]:
-    """A cell through the flow that users start; its figures. RuntimeError where it does not complete."""
+def complete(name: str, data: dict[str, Any], root: str, shared: dict[str, Any]) -> tuple[dict[str, Any], Manifests]:
+    """A run of these settings through the flow that users start: what is said of any cell, and the run's manifests.
+    RuntimeError where it does not complete."""
     from flows.cli import start_flow
     from flows.record import load_record, run_id
 
-    config = RunConfig.model_validate({**settings(cell, house), "resources": shared})
+    config = RunConfig.model_validate({**data, "resources": shared})
     began, before = time.monotonic(), conditions()
     state = start_flow(config, root, None, True)
     store = open_store(root)
     record = load_record(store, run_id(config))
     if not state.is_completed() or record is None:
-        raise RuntimeError(f"cell {cell.name} ended as {state.name}: {state.message}")
+        raise RuntimeError(f"cell {name} ended as {state.name}: {state.message}")
     manifests = record.manifests(store)
     return {
-        "cell": cell.name,
-        "arm": vars(cell.arm),
-        "seed": cell.seed,
-        "changes": cell.arm.changes(),
+        "cell": name,
         "run": record.run,
         "manifest": next(stage.fingerprint for stage in record.stages if stage.name == "report"),
         "models": {role: model["revision"] for role, model in manifests["models"].facts["models"].items()},
@@ -82,8 +90,16 @@ def run(cell: Cell, house: Path, root: str, shared: dict[str, Any]) -> dict[str,
         "seconds": round(time.monotonic() - began, 1),
         "stages": {stage.name: None if stage.reused else round(stage.seconds, 1) for stage in record.stages},
         "steps": sum(manifests[name].facts["steps"] for name in ("warmup-train", "train")),
-        **figures(store, manifests),
-    }
+        "queries": teacher_queries(manifests),
+        "teacher_tokens": value.teacher_tokens(manifests),
+    }, manifests
+
+
+def run(cell: Cell, shared: dict[str, Any], house: Path, root: str) -> dict[str, Any]:
+    """A cell of the grid; its figures."""
+    result, manifests = complete(cell.name, settings(cell, house), root, shared)
+    arm = {"arm": vars(cell.arm), "seed": cell.seed, "changes": cell.arm.changes()}
+    return {**result, **arm, **figures(open_store(root), manifests)}
 
 
 def figures(store: Store, manifests: Manifests) -> dict[str, Any]:
@@ -101,8 +117,6 @@ def figures(store: Store, manifests: Manifests) -> dict[str, Any]:
         "answer_tokens": {
             row["source"]: round(row["tokens_mean"], 1) for row in lengths.aggregate([("tokens", "mean")]).to_pylist()
         },
-        "queries": teacher_queries(manifests),
-        "teacher_tokens": value.teacher_tokens(manifests),
         "online_teacher_tokens": online_teacher_tokens(manifests),
         "annotations": {
             f"{'kept' if kept else 'dropped'}, {'right' if right else 'wrong'}": count
@@ -143,20 +157,23 @@ def marks(evaluated: pa.Table, label: str) -> dict[str, list[str]]:
     return {task: [samples[index] for index in sorted(samples)] for task, samples in sorted(found.items())}
 
 
-def todo(cells: list[Cell], folder: Path) -> list[Cell]:
+def todo(cells: list[N], folder: Path) -> list[N]:
     """Cells whose result is not there yet."""
     return [cell for cell in cells if not (folder / f"{cell.name}.json").exists()]
 
 
-def run_all(cells: list[Cell], house: Path, root: str, folder: Path, seconds: float) -> int:
-    """Run cells until the time is up; each result is written as soon as it is there. Returns how many were run."""
+def run_all(
+    cells: list[N], perform: Callable[[N, dict[str, Any]], dict[str, Any]], root: str, folder: Path, seconds: float
+) -> int:
+    """Perform cells, with what they share, until the time is up; each result is written as soon as it is there.
+    Returns how many were."""
     deadline, done = time.monotonic() + seconds, 0
     folder.mkdir(parents=True, exist_ok=True)
     with workshop(root) as shared:
         for cell in cells:
             if time.monotonic() > deadline:
                 break
-            result = run(cell, house, root, shared)
+            result = perform(cell, shared)
             place = folder / f"{cell.name}.json"
             part = place.with_suffix(".part")
             part.write_text(json.dumps(result, indent=1) + "\n")

@@ -11,6 +11,7 @@ may run them.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from benchmarks.conditions import RESULTS, options
@@ -38,29 +39,28 @@ def main() -> None:
     cells = [cell for cell in grid() if cell.seed in arguments.seeds and (not arguments.core or cell.arm in arms)]
     cells = [cell for cell in cells if not arguments.only or cell.name.startswith(tuple(arguments.only))]
     if arguments.report or arguments.page:
-        from benchmarks import gains, results_page
+        from benchmarks import gains, real_text, results_page
 
         try:
             found = gains.load(arguments.results)
         except ValueError as error:
             parser.exit(2, f"error: {error}\n")
-        summary = gains.summary(found)
+        summary, on_real_text = gains.summary(found), real_text.summary(real_text.load())
         if arguments.page:
-            results_page.write(found, summary)
-        print(results_page.text(found, summary))
+            results_page.write(found, summary, on_real_text)
+        print(results_page.text(found, summary, on_real_text))
         if arguments.json:
             print(json.dumps({key: summary[key] for key in gains.KEYS}))
         return
-    from benchmarks.cells import run_all, todo
+    from benchmarks.cells import run, run_all, todo
 
     left = todo(cells, arguments.results)
     if arguments.list:
         for cell in cells:
             print(f"{cell.name}{'' if cell in left else '  done'}")
         return
-    done = run_all(
-        left[: arguments.cells], arguments.house.resolve(), arguments.root, arguments.results, 3600 * arguments.hours
-    )
+    perform = partial(run, house=arguments.house.resolve(), root=arguments.root)
+    done = run_all(left[: arguments.cells], perform, arguments.root, arguments.results, 3600 * arguments.hours)
     print(f"{done} cells run, {len(left) - done} left", file=sys.stderr)
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.gains import Found
 from benchmarks.grid import BATCH, BUDGET, METHOD, STEPS, WARMUP_STEPS, Arm, grid
+from benchmarks.real_text import FIRST, SIZES
 from tasks.canvas import COLORS, STYLE
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -86,6 +87,20 @@ def equal_tokens(found: dict[int, dict[str, Any] | None]) -> str:
     return table(["queries", "teacher tokens", "none, queries", "gain", "95 % interval", "seeds"], rows)
 
 
+def real(rows: list[dict[str, Any]]) -> str:
+    """Signals on real text, by data set and metric."""
+    names = {"rouge_l": "ROUGE-L", "loss": "response loss, nats"}
+    lines = []
+    for row in rows:
+        figures = [f"{row[name]:.2f}" for name in ("base", "teacher", "none", "all")]
+        low, high = row["interval"]
+        tokens = row["teacher_tokens"]["all"] / row["teacher_tokens"]["none"]
+        gap = [f"{row['difference']:+.2f}", f"{low:.2f} to {high:.2f}", str(len(row["seeds"])), f"{tokens:.2f}"]
+        lines.append([row["data"], names[row["metric"]], *figures, *gap])
+    head = ["data", "metric", "student before", "teacher", "no signals", "all signals", "difference", "95 % interval"]
+    return table([*head, "seeds", "teacher tokens, of the other's"], lines)
+
+
 def verdicts(summary: dict[str, Any]) -> list[str]:
     """What was aimed at, and what came of it."""
     gain, lead = summary["signals_relative_gain"], summary["switch_minus_best_other"]
@@ -120,8 +135,8 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def text(found: Found, summary: dict[str, Any]) -> str:
-    """The page."""
+def text(found: Found, summary: dict[str, Any], on_real_text: list[dict[str, Any]] | None = None) -> str:
+    """The page; ``on_real_text`` as `benchmarks.real_text.summary` has it."""
     if not found:
         return "No cells yet: python -m benchmarks.methods"
     whole, cells = len(grid()), [cell for seeds in found.values() for cell in seeds.values()]
@@ -170,6 +185,16 @@ def text(found: Found, summary: dict[str, Any]) -> str:
             "A threshold strategy or decay minus exponential decay with rate 1/10, points:",
             comparisons(summary["gates"], "difference"),
         ]
+    if on_real_text:
+        parts += [
+            "## Signals on real text",
+            "Made by `python -m benchmarks.real_text --data FOLDER`: SmolLM2-135M-Instruct is teacher and TA, 24 of "
+            f"its 30 layers are the student; {SIZES['budget.queries']} queries, {SIZES['warmup.steps']} steps of "
+            f"warm-up and {SIZES['train.steps']} of training, {SIZES['train.batch_size']} sequences each, fine-tuning "
+            f"on what the teacher wrote; the first {FIRST} held-out problems, the same in all runs, against the "
+            "source's own answers. The difference is all signals minus none.",
+            real(on_real_text),
+        ]
     return "\n\n".join(parts)
 
 
@@ -201,7 +226,9 @@ def picture(draw: Callable[..., None], summary: dict[str, Any], path: Path, size
         figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def write(found: Found, summary: dict[str, Any], folder: Path = DOCS) -> None:
-    (folder / "results.md").write_text(text(found, summary) + "\n")
+def write(
+    found: Found, summary: dict[str, Any], on_real_text: list[dict[str, Any]] | None = None, folder: Path = DOCS
+) -> None:
+    (folder / "results.md").write_text(text(found, summary, on_real_text) + "\n")
     if found:
         picture(dots, summary, folder / "results-arms.png", (7.0, 1.3 + 0.28 * len(found)))

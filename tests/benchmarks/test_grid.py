@@ -183,6 +183,6 @@ def test_cells_with_a_result_are_not_run_again(tmp_path: Path) -> None:
 def test_the_page_and_its_plot_are_written(tmp_path: Path) -> None:
     write(tmp_path, Arm(), 1, 0.6)
     found = gains.load(tmp_path)
-    results_page.write(found, gains.summary(found), tmp_path)
+    results_page.write(found, gains.summary(found), folder=tmp_path)
     assert f"| `switch` | all | {BUDGET} | 1 |" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "results-arms.png").stat().st_size > 1000
