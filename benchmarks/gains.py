@@ -199,6 +199,12 @@ def summary(found: Found) -> dict[str, Any]:
             if arm in found
         },
         "methods": {arm.method: result for arm, result in others.items()},
+        "without_signals": {
+            name: result
+            for name in METHODS
+            if name != METHOD
+            and (result := compared(found, Arm(signals="none"), Arm(method=name, signals="none"), difference))
+        },
         "gates": {gate: result for gate in GATES if (result := compared(found, Arm(gate=gate), Arm(), difference))},
         "by_length": by_length(found, best),
     }

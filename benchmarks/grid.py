@@ -107,6 +107,8 @@ def grid() -> list[Cell]:
     arms = [
         *core(),
         *(Arm(method=name) for name in METHODS[6:]),
+        # SWITCH's closest rival, where runs stand by default.
+        Arm(method="gkd", signals="none"),
         *(Arm(gate=name) for name in GATES),
         *(Arm(signals=name, budget=budget) for budget in BUDGETS if budget != BUDGET for name in SIGNALS),
     ]

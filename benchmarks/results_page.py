@@ -173,6 +173,8 @@ def text(found: Found, summary: dict[str, Any], on_real_text: list[dict[str, Any
         "## Methods",
         "SWITCH minus another method, all signals, points:",
         comparisons(summary["methods"], "lead"),
+        "The same without signals:",
+        comparisons(summary["without_signals"], "lead"),
     ]
     if length:
         parts += [
