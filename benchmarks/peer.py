@@ -13,21 +13,34 @@ from typing import Any
 from benchmarks.conditions import CACHE
 
 VERSION = "1.16.0"
+# One that still has MiniLLM, and of what else it needs older ones than it says.
+WITH_MINILLM = "0.26.2"
+BESIDE = {WITH_MINILLM: ["transformers<5"]}
 SCRIPT = Path(__file__).parent / "trl_side.py"
 
 
-def environment() -> Path:
-    """The python of TRL's environment, made if it is missing."""
-    folder = CACHE / f"trl-{VERSION}"
+def environment(release: str = VERSION) -> Path:
+    """The python of the environment of a release of TRL, made if it is missing."""
+    folder = CACHE / f"trl-{release}"
     python = folder / "bin" / "python"
     if not (folder / ".installed").exists():
-        print(f"installing TRL {VERSION} into {folder}", file=sys.stderr)
+        print(f"installing TRL {release} into {folder}", file=sys.stderr)
         uv = Path(sys.executable).parent / "uv"
         subprocess.run([str(uv), "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
         find_links = os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS")
         torch_from = [] if find_links else ["--torch-backend", "cpu"]
         subprocess.run(
-            [str(uv), "pip", "install", "--quiet", "--python", str(python), *torch_from, f"trl=={VERSION}"],
+            [
+                str(uv),
+                "pip",
+                "install",
+                "--quiet",
+                "--python",
+                str(python),
+                *torch_from,
+                f"trl=={release}",
+                *BESIDE.get(release, []),
+            ],
             check=True,
             env={**os.environ, **({"UV_FIND_LINKS": find_links} if find_links else {})},
         )
@@ -36,12 +49,12 @@ def environment() -> Path:
 
 
 @contextmanager
-def trl(command: str, **options: Any) -> Iterator[Callable[[], dict[str, Any]]]:
+def trl(command: str, release: str = VERSION, **options: Any) -> Iterator[Callable[[], dict[str, Any]]]:
     """Within, TRL's side runs a command of ``trl_side.py``: each call lets it take one turn, and is what it reports."""
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            [str(environment()), str(SCRIPT), command],
+            [str(environment(release)), str(SCRIPT), command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

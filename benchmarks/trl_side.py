@@ -1,10 +1,11 @@
 """TRL's side of a comparison. Runs in TRL's own environment: nothing of this project but the meter beside it.
 
-python trl_side.py loss|step        (the first line of its input: options as JSON)
+python trl_side.py loss|same|step        (the first line of its input: options as JSON)
 
 Every further line of its input is a turn: a loss, or a training step. Each is answered by a line, one JSON object.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -53,6 +54,30 @@ def loss(tokens: int, vocabulary: int, width: int) -> None:
         value.backward()
         seconds = time.perf_counter() - began
     answer(seconds=seconds, extra_bytes=peak.extra, loss=value.item())
+
+
+def same(teacher: list[Any], student: list[Any], kept: list[int], betas: list[float]) -> None:
+    """GKD's loss by beta, and MiniLLM's single-step loss and undiscounted returns, of given logits [T][V] at the
+    positions that are kept; ``kept`` holds -100 at the others. Returns are of the log-probabilities of token 0."""
+    from types import SimpleNamespace
+
+    teacher_TV, student_TV, kept_T = torch.tensor(teacher), torch.tensor(student), torch.tensor(kept)
+    objective = trainer_class().generalized_jsd_loss
+    await_turn()
+    figures = {
+        f"gkd {beta}": objective(student_TV[None], teacher_TV[None], labels=kept_T[None], beta=beta).item()
+        for beta in betas
+    }
+    # Later releases have no MiniLLM.
+    with contextlib.suppress(ImportError):
+        from trl.experimental.minillm import MiniLLMTrainer as Peer
+
+        log_p_TV, log_q_TV = teacher_TV.log_softmax(-1), student_TV.log_softmax(-1)
+        single = Peer._single_step_decomposition_loss(None, log_q_TV[None], log_p_TV[None], kept_T[None] != -100)
+        plain = SimpleNamespace(gamma=1.0, length_normalization=True)
+        returns = Peer._compute_advantage(plain, log_q_TV[None, :, 0], log_p_TV[None, :, 0])[0].tolist()
+        figures |= {"minillm": single.item(), **{f"return {at}": value for at, value in enumerate(returns)}}
+    answer(**figures)
 
 
 def step(teacher: str, student: str, prompts: list[list[int]], new_tokens: int, steps: int, output: str) -> None:
@@ -126,4 +151,4 @@ def question(text: str) -> str:
 
 
 if __name__ == "__main__":
-    {"loss": loss, "step": step}[sys.argv[1]](**json.loads(sys.stdin.readline()))
+    {"loss": loss, "same": same, "step": step}[sys.argv[1]](**json.loads(sys.stdin.readline()))

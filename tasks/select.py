@@ -18,6 +18,7 @@ from pydantic import Field
 from infra.parts import read_part, read_table
 from kernels.consistency import Consistency, consistency
 from tasks import schemas
+from tasks.clusters import clustered
 from tasks.config.base import Config
 from tasks.config.signals import Confidence, PTrue, Select
 from tasks.engines import Call, engines, model_of
@@ -64,10 +65,7 @@ def observe(stage: Stage[SelectSettings]) -> Iterator[Observed]:
         # What the student's engine died of has no answers, and is no candidate.
         prompts = [prompt for prompt in table.to_pylist() if prompt["prompt_id"] in texts]
         agreements = [
-            consistency(
-                [final_answer(prompt["verifier"], text, prompt["entry"]) for text in texts[prompt["prompt_id"]]],
-                prompt["prompt_id"],
-            )
+            consistency(answers(prompt, texts[prompt["prompt_id"]], stage.settings.select), prompt["prompt_id"])
             for prompt in prompts
         ]
         majority = [
@@ -75,6 +73,13 @@ def observe(stage: Stage[SelectSettings]) -> Iterator[Observed]:
             for prompt, agreement in zip(prompts, agreements, strict=True)
         ]
         yield shard, prompts, agreements, majority
+
+
+def answers(prompt: dict[str, Any], texts: list[str], select: Select) -> list[str | None]:
+    """Final answers of a prompt's samples, such that those that agree are equal."""
+    if prompt["verifier"] == "none":
+        return clustered(texts, select.same_text)
+    return [final_answer(prompt["verifier"], text, prompt["entry"]) for text in texts]
 
 
 def observed_rows(

@@ -144,6 +144,8 @@ class Select(Config):
     ``oracle``: what the student is known to get wrong, for analysis only."""
     consistency: Literal["unique", "majority", "entropy"] = "unique"
     """Self-consistency by the number of unique answers, the majority's share, or the answers' normalised entropy."""
+    same_text: float = Field(default=50.0, gt=0, le=100)
+    """ROUGE-L (F1, 0 to 100) from which on two free texts, those of prompts without a verifier, count as one answer."""
     consistency_weight: float = Field(default=1.0, ge=0)
     """Weight of the student's self-consistency (number of unique answers)."""
     assistant_weight: float = Field(default=1.0, ge=0)
@@ -175,8 +177,8 @@ class Signals(Config):
     """Teaching-assistant-in-the-loop."""
 
     use: Literal["all", "none", "consistency", "ta_student", "ta_teacher"] = "all"
-    """Which signals count, for ablations: one of them, or ``none``; it overrides the rules and weights below. ``all``:
-    as set below."""
+    """Which signals count, for ablations: one of them, or ``none``; it overrides the rules and weights below, and
+    ``ta_teacher`` keeps by quantile where no rule of the TA's is set. ``all``: as set below."""
     confidence: Confidence = PTrue()
     """How the TA's confidence is read."""
     keep: Keep = Keep()
@@ -196,4 +198,9 @@ class Signals(Config):
             # Anything else is left for its own check to refuse.
             if isinstance(given, dict | Config):
                 data = {**data, part: {**dict(given), **fields}}
+        keep = data.get("keep") or {} if isinstance(data, dict) else None
+        if use == "ta_teacher" and isinstance(keep, dict | Config):
+            rules = dict(keep)
+            if [rules.get("rule", "all"), rules.get("agreement"), rules.get("stand_in")] == ["all", None, None]:
+                data = {**data, "keep": {**rules, "rule": "quantile"}}
         return data

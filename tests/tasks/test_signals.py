@@ -2,11 +2,17 @@
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from infra.models import ModelRef
-from tasks.config.signals import Keep, Verbalized
+from kernels.consistency import consistency
+from tasks.clusters import clustered
+from tasks.config.signals import Keep, Select, Signals, Verbalized
 from tasks.keeping import choose
 from tasks.score import as_confidence, confidence_call, rating
+from tasks.select import answers
+from tasks.verify import rouge_l
 
 
 @pytest.mark.parametrize(
@@ -50,3 +56,64 @@ def test_of_several_annotations_of_a_prompt_one_is_chosen(rule: str, kept: list[
     assert [number for number, row in enumerate(scores) if row["kept"]] == kept
     reasons = ["as it was" if number in (*kept, 4) else "not_chosen" for number in range(6)]
     assert [row["reason"] for row in scores] == reasons
+
+
+SAID = [
+    "Paris is the capital of France.",
+    "The capital of France is Paris",
+    "paris IS the  capital of France",
+    "I do not know that.",
+    "",
+    "The capital city of France is Paris, of course.",
+]
+
+
+def test_free_texts_that_say_the_same_are_one_answer() -> None:
+    first = "paris is the capital of france"
+    assert clustered(SAID, 50.0) == [first, first, first, "i do not know that", None, first]
+    # Nobody agrees but with what is equal, and the empty text not even with itself.
+    assert len({answer for answer in clustered(SAID, 100.0) if answer}) == 4
+    assert clustered(["", ""], 50.0) == [None, None]
+    # No word that ROUGE-L counts.
+    assert clustered(["東京です", " 東京です", "大阪です"], 50.0) == ["東京です", "東京です", "大阪です"]
+    agreement = consistency(answers({"verifier": "none", "entry": None}, SAID, Select()), "p1")
+    assert (agreement.unique, agreement.majority_index) == (3, 0)
+    exact = consistency(answers({"verifier": "exact", "entry": None}, SAID, Select()), "p1")
+    assert exact.unique == 5
+
+
+@settings(deadline=None)
+@given(st.lists(st.text("ab c", max_size=12), max_size=6), st.floats(1, 100))
+def test_clusters_are_those_of_rouge_l_alone(texts: list[str], least: float) -> None:
+    """The twin scores every pair, and asks nobody first how many words two texts share."""
+    firsts: list[str] = []
+    expected: list[str | None] = []
+    names = clustered(texts, 100.0)
+    for text, name in zip(texts, names, strict=True):
+        if name is None:
+            expected.append(None)
+            continue
+        equal = [first for first in firsts if " ".join(first.split()).strip() == " ".join(text.split()).strip()]
+        scored = [(rouge_l(text, [first]), -number) for number, first in enumerate(firsts)]
+        best = max(scored, default=(0.0, 0))
+        if equal:
+            expected.append(" ".join(equal[0].split()))
+        elif best[0] >= least:
+            expected.append(" ".join(firsts[-best[1]].split()))
+        else:
+            firsts.append(text)
+            expected.append(" ".join(text.split()))
+    assert clustered(texts, least) == expected
+
+
+def test_each_ablation_is_one_setting_also_of_a_run_that_sets_no_rule() -> None:
+    def rules(use: str) -> tuple[str, str]:
+        signals = Signals.model_validate({"use": use})
+        assert Signals.model_validate(signals.model_dump(mode="json")) == signals
+        return signals.select.rule, signals.keep.rule
+
+    assert rules("none") == ("random", "all")
+    assert rules("consistency") == rules("ta_student") == ("signals", "all")
+    assert rules("ta_teacher") == ("random", "quantile")
+    agreed = Signals.model_validate({"use": "ta_teacher", "keep": {"agreement": {}}})
+    assert (agreed.keep.rule, agreed.keep.agreement is not None) == ("all", True)
