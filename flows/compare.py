@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from flows.record import RunRecord
 from infra.manifest import Manifest
 from infra.parts import read_rows, read_table
 from infra.store import Store
 from tasks import value
-from tasks.accounts import teacher_queries
+from tasks.accounts import annotations, teacher_named, teacher_queries
 from tasks.config.budget import Budget
 from tasks.config.signals import Select
 from tasks.metrics import METRICS
@@ -61,8 +62,8 @@ def choices(store: Store, record: RunRecord) -> list[dict[str, Any]]:
     """What each signal would have selected from the run's candidates with the same number of queries.
 
     One line a way: how many of the run's own choices it shares, how many of its choices the student is known to get
-    wrong, and what their annotation would have cost in teacher tokens, by the mean of each source. ValueError where the
-    run has not selected yet.
+    wrong, and what their annotation would have cost, in teacher tokens read and written and in money where there are
+    prices, by the mean of what was charged for each source. ValueError where the run has not selected yet.
     """
     from tasks.ranking import deciding_columns, ranking
 
@@ -74,12 +75,12 @@ def choices(store: Store, record: RunRecord) -> list[dict[str, Any]]:
     columns = sorted({name for select in ways.values() for name in deciding_columns(select)} | {"selected"})
     signals = manifests["select"].tables["signals"].arrow_schema
     schema = pa.schema([signals.field(name) for name in columns])
-    by_source = tokens_by_source(store, manifests)
+    by_source = costs_by_source(store, manifests, Budget.model_validate(record.config["budget"]))
     with ranking(read_table(store, manifests["select"], "signals", columns), schema, seed) as ranked:
         return [{"signal": way} | choice(ranked, select, queries, by_source) for way, select in ways.items()]
 
 
-def choice(ranked: "Ranking", select: Select, queries: int, by_source: dict[str, float]) -> dict[str, Any]:
+def choice(ranked: "Ranking", select: Select, queries: int, by_source: "Costs") -> dict[str, Any]:
     """What one way would have selected."""
     from tasks.ranking import SELECTED
 
@@ -93,27 +94,41 @@ def choice(ranked: "Ranking", select: Select, queries: int, by_source: dict[str,
     """
     (row,) = ranked.db.execute(measures).to_arrow_table().to_pylist()
     counts = ranked.db.execute(f"SELECT source, count(*) {chosen} GROUP BY source").fetchall()
-    tokens = sum(by_source.get(source, by_source[""]) * count for source, count in counts)
-    return row | {"teacher_tokens": round(tokens)}
+    tokens, money = (
+        sum(by_source.get(source, by_source[""])[which] * count for source, count in counts) for which in (0, 1)
+    )
+    return row | {"teacher_tokens": round(tokens), "money": round(money, 6)}
 
 
-def tokens_by_source(store: Store, manifests: dict[str, Manifest]) -> dict[str, float]:
-    """Mean tokens the teacher wrote on a prompt of each source; under "" over all, 0 before its first answer."""
-    import pyarrow as pa
+# Teacher tokens and money of annotating one prompt, means by source; under "" over all.
+Costs = dict[str, tuple[float, float]]
 
-    parts = []
-    for prefix in ("warmup-", ""):
-        samples = manifests.get(f"{prefix}review") or manifests.get(f"{prefix}annotate")
-        scores = manifests.get(f"{prefix}keep")
-        if samples and scores:
-            sized = [
-                pa.table({"sample_id": part["sample_id"], "tokens": pa.compute.list_value_length(part["token_ids"])})
-                for part in read_table(store, samples, "samples", ["sample_id", "token_ids"])
-            ]
-            named = read_rows(store, scores, "scores", ["sample_id", "source"])
-            parts += [pa.concat_tables(sized).join(named, "sample_id")] if sized else []
-    if not parts:
-        return {"": 0.0}
-    rows = pa.concat_tables(parts)
-    means = rows.group_by("source").aggregate([("tokens", "mean")]).to_pylist()
-    return {"": pa.compute.mean(rows["tokens"]).as_py()} | {row["source"]: row["tokens_mean"] for row in means}
+
+def costs_by_source(store: Store, manifests: dict[str, Manifest], budget: Budget) -> Costs:
+    """What was charged for a prompt of each source; nothing before the first annotation is judged."""
+    columns = ["prompt_id", "prompt_tokens", "completion_tokens"]
+    judged = [manifests[name] for name in ("warmup-keep", "keep") if name in manifests]
+    if not judged:
+        return {"": (0.0, 0.0)}
+    charged = []
+    for name in annotations(manifests):
+        price = budget.price_of(teacher_named(name)[1])
+        asked = read_rows(store, manifests[name], "queries", columns)
+        read, written = asked["prompt_tokens"], asked["completion_tokens"]
+        tokens, money = pc.add(read, written), pa.nulls(len(asked), pa.float64())
+        if price:
+            money = pc.divide(pc.add(pc.multiply(read, price.input), pc.multiply(written, price.output)), 1000.0)
+        charged.append(pa.table({"prompt_id": asked["prompt_id"], "tokens": tokens, "money": money}))
+    sums = [("tokens", "sum"), ("money", "sum")]
+    by_prompt = pa.concat_tables(charged).group_by("prompt_id").aggregate(sums)
+    named = pa.concat_tables(read_rows(store, each, "scores", ["prompt_id", "source"]) for each in judged)
+    rows = by_prompt.filter(pc.greater(by_prompt["tokens_sum"], 0)).join(
+        named.group_by(["prompt_id", "source"]).aggregate([]), "prompt_id", join_type="inner"
+    )
+    means = [("tokens_sum", "mean"), ("money_sum", "mean")]
+
+    def cost(row: dict[str, Any]) -> tuple[float, float]:
+        return row["tokens_sum_mean"] or 0.0, row["money_sum_mean"] or 0.0
+
+    found = {row["source"]: cost(row) for row in rows.group_by("source").aggregate(means).to_pylist()}
+    return found | {"": cost(rows.group_by([]).aggregate(means).to_pylist()[0])}

@@ -119,13 +119,16 @@ def choices_table(rows: list[dict[str, Any]]) -> Table:
     )
     table = Table(title="what each signal would have selected", title_justify="left", caption=caption)
     table.add_column("signal")
-    for name in ("queries", "as selected", "known to be wrong", "unique answers", "TA's confidence", "teacher tokens"):
+    priced = any(row["money"] for row in rows)
+    names = ["queries", "as selected", "known to be wrong", "unique answers", "TA's confidence", "teacher tokens"]
+    for name in [*names, *(["money"] if priced else [])]:
         table.add_column(name, justify="right")
     for row in rows:
         wrong = f"{row['known_wrong']} of {row['known']}" if row["known"] else ""
         means = (written(row["mean_unique_answers"]), written(row["mean_ta_student"]))
         shared = f"{row['shared']} of {row['queries']}"
-        table.add_row(row["signal"], str(row["queries"]), shared, wrong, *means, f"{row['teacher_tokens']:,}")
+        cost = [f"{row['teacher_tokens']:,}", *([f"{row['money']:.4f}"] if priced else [])]
+        table.add_row(row["signal"], str(row["queries"]), shared, wrong, *means, *cost)
     return table
 
 

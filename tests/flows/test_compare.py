@@ -40,15 +40,19 @@ def test_signals_read_no_texts_and_count_tokens_by_source(tmp_path: Path, monkey
         }
         for number in range(8)
     ]
-    ids = [{"sample_id": f"s{number}", "source": "ab"[number % 2]} for number in range(8)]
-    samples = [{"sample_id": f"s{number}", "token_ids": [1] * (10 + 10 * (number % 2))} for number in range(8)]
+    ids = [{"prompt_id": f"p{number}", "source": "ab"[number % 2]} for number in range(8)]
+    charged = [
+        {"prompt_id": f"p{number}", "queries": 1, "prompt_tokens": 5, "completion_tokens": 10 + 10 * (number % 2)}
+        for number in range(8)
+    ]
     made = [
         stage("select", "signals", pa.Table.from_pylist(signals, schemas.SIGNAL), queries=2, seed=1),
-        stage("annotate", "samples", pa.Table.from_pylist(samples, schemas.SAMPLE)),
+        stage("annotate", "queries", pa.Table.from_pylist(charged, schemas.QUERY)),
         stage("keep", "scores", pa.Table.from_pylist(ids, schemas.SCORE)),
     ]
     stages = [{"name": each.stage, "fingerprint": each.fingerprint, "manifest": each.path} for each in made]
-    record = RunRecord(run="r", name="r", root=store.uri, config={}, stages=stages)
+    config = {"budget": {"queries": 8, "price": {"input": 1.0, "output": 2.0}}}
+    record = RunRecord(run="r", name="r", root=store.uri, config=config, stages=stages)
     asked: list[list[str] | None] = []
     decode = parts.decode_part
 
@@ -68,6 +72,8 @@ def test_signals_read_no_texts_and_count_tokens_by_source(tmp_path: Path, monkey
         "known": 2,
         "mean_unique_answers": 7.5,
         "mean_ta_student": 0.8125,
-        "teacher_tokens": 30,
+        # One prompt of each source.
+        "teacher_tokens": 15 + 25,
+        "money": pytest.approx((5 + 2 * 10 + 5 + 2 * 20) / 1000),
     }
     assert by_way["TA's confidence"]["shared"] == 0
