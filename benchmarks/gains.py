@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.grid import BUDGETS, GATES, METHOD, METHODS, PUBLISHED_TEACHER_SHARE, SIGNALS, Arm
+from benchmarks.grid import BUDGETS, GATES, METHOD, METHODS, PUBLISHED_TEACHER_SHARE, SIGNALS, STAND_IN, Arm
 
 RESAMPLES = 2000
 KEYS = (
@@ -189,9 +189,10 @@ def summary(found: Found) -> dict[str, Any]:
         "start": start(found),
         "by_signals": {
             name: compared(found, Arm(signals=name), Arm(signals="none"), relative)
-            for name in SIGNALS
+            for name in (*SIGNALS, STAND_IN)
             if name != "none"
         },
+        "two_stages_against_one": compared(found, Arm(), Arm(signals="one-stage"), difference),
         "against_fine_tuning": compared(found, Arm(), Arm(method="sft", signals="none"), relative),
         "at_equal_tokens": {
             arm.budget: at_equal_tokens(found, arm, Arm(signals="none"))

@@ -20,6 +20,8 @@ WARMUP_STEPS, STEPS, BATCH, LEARNING_RATE = 10, 60, 64, 2e-3
 
 METHODS = ("switch", "sft", "gkd", "kd", "distillm", "minillm", "imitkd", "skd", "opd", "seqkd")
 SIGNALS = ("all", "none", "consistency", "ta_student", "ta_teacher", "one-stage")
+# All signals, and the student's answer in the teacher's place where the TA trusts it clearly more.
+STAND_IN = "stand-in"
 # Threshold strategies and decays of SWITCH, as in the paper's tables.
 GATES: dict[str, dict[str, Any]] = {
     "linear": {"type": "linear"},
@@ -66,6 +68,8 @@ class Arm:
         found: dict[str, Any] = {"budget.queries": self.budget, "train.method": method(self.method)}
         if self.signals == "one-stage":
             found["budget.warmup_share"] = ONE_STAGE_SHARE
+        elif self.signals == STAND_IN:
+            found["signals.keep.stand_in"] = {}
         else:
             found["signals.use"] = self.signals
         if self.gate in GATES:
@@ -109,6 +113,7 @@ def grid() -> list[Cell]:
         *(Arm(method=name) for name in METHODS[6:]),
         # SWITCH's closest rival, where runs stand by default.
         Arm(method="gkd", signals="none"),
+        Arm(signals=STAND_IN),
         *(Arm(gate=name) for name in GATES),
         *(Arm(signals=name, budget=budget) for budget in BUDGETS if budget != BUDGET for name in SIGNALS),
     ]

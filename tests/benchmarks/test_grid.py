@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import gains, results_page
 from benchmarks.cells import todo
-from benchmarks.grid import BUDGET, BUDGETS, GATES, METHODS, SEEDS, Arm, Cell, core, grid, settings
+from benchmarks.grid import BUDGET, BUDGETS, GATES, METHODS, SEEDS, STAND_IN, Arm, Cell, core, grid, settings
 from tasks.config import RunConfig
 
 HOUSE = Path("/house")
@@ -45,6 +45,7 @@ def test_the_core_comes_first_and_begins_with_pairs() -> None:
     [
         (Arm(signals="none"), {"signals.use"}),
         (Arm(signals="one-stage"), {"budget.warmup_share", "signals.use"}),
+        (Arm(signals=STAND_IN), {"signals.keep.stand_in", "signals.use"}),
         (Arm(budget=BUDGETS[0]), {"budget.queries"}),
         (Arm(gate="constant-0.2"), {"train.method.gate"}),
         (Arm(method="kd"), {"train.method.type", "train.method.max_new_tokens"}),
