@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.grid import BUDGETS, GATES, METHOD, METHODS, PUBLISHED_TEACHER_SHARE, SIGNALS, STAND_IN, Arm
+from benchmarks.grid import BUDGET, BUDGETS, GATES, METHOD, METHODS, PUBLISHED_TEACHER_SHARE, SIGNALS, STAND_IN, Arm
 
 RESAMPLES = 2000
 KEYS = (
@@ -187,11 +187,8 @@ def summary(found: Found) -> dict[str, Any]:
         "best_other": best and best.method,
         "arms": rows,
         "start": start(found),
-        "by_signals": {
-            name: compared(found, Arm(signals=name), Arm(signals="none"), relative)
-            for name in (*SIGNALS, STAND_IN)
-            if name != "none"
-        },
+        "by_signals": by_signals(found, BUDGET),
+        "other_budgets": {budget: by_signals(found, budget) for budget in BUDGETS if budget != BUDGET},
         "two_stages_against_one": compared(found, Arm(), Arm(signals="one-stage"), difference),
         "against_fine_tuning": compared(found, Arm(), Arm(method="sft", signals="none"), relative),
         "at_equal_tokens": {
@@ -209,6 +206,13 @@ def summary(found: Found) -> dict[str, Any]:
         "gates": {gate: result for gate in GATES if (result := compared(found, Arm(gate=gate), Arm(), difference))},
         "by_length": by_length(found, best),
     }
+
+
+def by_signals(found: Found, budget: int) -> dict[str, dict[str, Any] | None]:
+    """Relative gains over no signals at a budget."""
+    names = [name for name in (*SIGNALS, STAND_IN) if name != "none"]
+    none = Arm(signals="none", budget=budget)
+    return {name: compared(found, Arm(signals=name, budget=budget), none, relative) for name in names}
 
 
 def start(found: Found) -> dict[str, dict[str, float]]:

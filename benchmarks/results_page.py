@@ -133,7 +133,7 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
         short, long = length[0], length[-1]
         apart = all(one["lead"] < other["lead"] for one, other in pairwise(length))
         lines.append(
-            f"Its lead by the length of answers: {percent(short['lead'], True)} points at {short['tokens']:.0f} tokens, "
+            f"Its lead by answers' length: {percent(short['lead'], True)} points at {short['tokens']:.0f} tokens, "
             f"{percent(long['lead'], True)} at {long['tokens']:.0f}; aimed at one that grows: "
             f"{'met' if apart else 'missed'}."
         )
@@ -181,18 +181,27 @@ def text(found: Found, summary: dict[str, Any], on_real_text: list[dict[str, Any
         arms(summary),
         "![Accuracy by arm](results-arms.png)",
         "## Signals",
-        f"Relative gain over no signals (queries at random, every annotation kept), `{METHOD}`, %. `one-stage` has all "
-        f"signals and its warm-up on {100 * ONE_STAGE_SHARE:.0f} % of the queries, where others have 20 %, with as many "
-        "steps; `stand-in` has all, and the student's answer in the teacher's place where the TA trusts it clearly more:",
+        f"Relative gain over no signals (queries at random, every annotation kept), `{METHOD}`, %. `one-stage` has "
+        f"all signals and its warm-up on {100 * ONE_STAGE_SHARE:.0f} % of the queries, where others have 20 %, with as "
+        "many steps; `stand-in` has all, and the student's answer in the teacher's place where the TA trusts it "
+        "clearly more:",
         "![Accuracy by queries](results-budgets.png)",
         comparisons(summary["by_signals"] | {"all, against plain fine-tuning": summary["against_fine_tuning"]}, "gain"),
+        *[
+            part
+            for budget, found_there in summary["other_budgets"].items()
+            if any(found_there.values())
+            for part in (f"With {budget} queries:", comparisons(found_there, "gain"))
+        ],
+        "All signals with two stages minus one stage, points:",
+        comparisons({"two stages": summary["two_stages_against_one"]}, "difference"),
         "Signals choose prompts whose answers are longer or shorter than others. At equal teacher tokens, by the line "
         "between those two budgets of no signals whose tokens lie on either side:",
         equal_tokens(summary["at_equal_tokens"]) if summary["at_equal_tokens"] else "No cells yet.",
         "## Methods",
         "SWITCH minus another method, all signals, points. All have the learning rate that was chosen by plain "
-        "fine-tuning. `sft` and `seqkd` are the same here, as the teacher wrote all rows; `distillm` had no text of the "
-        "student, as its validation loss never rose by as much as lets the share of it grow:",
+        "fine-tuning. `sft` and `seqkd` are the same here, as the teacher wrote all rows; `distillm` had no text of "
+        "the student, as its validation loss never rose by as much as lets the share of it grow:",
         comparisons(summary["methods"], "lead"),
         "The same without signals, where runs stand by default:",
         comparisons(summary["without_signals"], "lead"),
@@ -244,14 +253,13 @@ def dots(ax: Axes, summary: dict[str, Any]) -> None:
 
 def lines(ax: Axes, summary: dict[str, Any]) -> None:
     """Accuracy by queries, a line for each choice of signals; bars are intervals."""
-    marks = zip((*SIGNALS,), "os^vD*", (-5, 5, -15, 15, -10, 10), strict=True)
-    for name, marker, aside in marks:
+    colors = [COLORS[name] for name in ("final", "base", "warmup", "wrong", "teacher", "muted")]
+    for name, marker, aside, color in zip(SIGNALS, "os^vD*", (-5, 5, -15, 15, -10, 10), colors, strict=True):
         rows = [row for row in summary["arms"] if row["arm"] == Arm(signals=name, budget=row["arm"].budget)]
         rows.sort(key=lambda row: row["arm"].budget)
         heights, places = [100 * row["accuracy"] for row in rows], [row["arm"].budget + aside for row in rows]
         bounds = [[100 * abs(row["interval"][end] - row["accuracy"]) for row in rows] for end in (0, 1)]
-        style = {"none": COLORS["base"], "all": COLORS["final"]}.get(name, COLORS["muted"])
-        ax.errorbar(places, heights, bounds, marker=marker, color=style, label=name, linewidth=1.4, elinewidth=0.8)
+        ax.errorbar(places, heights, bounds, marker=marker, color=color, label=name, linewidth=1.4, elinewidth=0.8)
     ax.set_xlabel("teacher queries")
     ax.set_ylabel("accuracy, %")
     ax.legend(title="signals", ncols=2)
