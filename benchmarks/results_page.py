@@ -85,7 +85,7 @@ def equal_tokens(found: dict[int, dict[str, Any] | None]) -> str:
             figures = [percent(result["value"], signed=True), bounds(result["interval"]), str(len(result["seeds"]))]
             rows.append([str(budget), f"{result['tokens']:,}", f"{less} and {more}", *figures])
         else:
-            rows.append([str(budget), "–", "no cells on either side yet", "–", "–", "–"])
+            rows.append([str(budget), "–", "no cells on either side", "–", "–", "–"])
     return table(["queries", "teacher tokens", "none, queries", "gain", "95 % interval", "seeds"], rows)
 
 
@@ -194,9 +194,10 @@ def text(found: Found, summary: dict[str, Any], on_real_text: list[dict[str, Any
             for part in (f"With {budget} queries:", comparisons(found_there, "gain"))
         ],
         "All signals with two stages minus one stage, points:",
-        comparisons({"two stages": summary["two_stages_against_one"]}, "difference"),
+        comparisons(summary["two_stages_against_one"], "difference"),
         "Signals choose prompts whose answers are longer or shorter than others. At equal teacher tokens, by the line "
-        "between those two budgets of no signals whose tokens lie on either side:",
+        "between those two budgets of no signals whose tokens lie on either side (most are read in "
+        "rollouts, of which there are as many at any budget, and longer ones on prompts that signals choose):",
         equal_tokens(summary["at_equal_tokens"]) if summary["at_equal_tokens"] else "No cells yet.",
         "## Methods",
         "SWITCH minus another method, all signals, points. All have the learning rate that was chosen by plain "

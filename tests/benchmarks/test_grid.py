@@ -153,7 +153,7 @@ def test_at_equal_tokens_none_is_read_between_its_budgets(tmp_path: Path) -> Non
     assert equal[BUDGETS[2]] is None
     page = results_page.text(found, summary)
     assert f"| {BUDGET} | 3,000 | {BUDGET} and {BUDGETS[2]} | +" in page
-    assert f"| {BUDGETS[2]} | – | no cells on either side yet |" in page
+    assert f"| {BUDGETS[2]} | – | no cells on either side |" in page
     assert "- The same at equal teacher tokens: +" in page
     assert "against plain fine-tuning: " not in page
 
