@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from benchmarks.grid import BUDGET, BUDGETS, GATES, METHOD, METHODS, PUBLISHED_TEACHER_SHARE, SIGNALS, STAND_IN, Arm
 
 RESAMPLES = 2000
-# So near to a budget's tokens is at them.
+# So near to the tokens of the largest or smallest budget is at them.
 NEAR = 0.01
 KEYS = (
     "signals_relative_gain",
@@ -116,12 +116,13 @@ def at_equal_tokens(found: Found, one: Arm, other: Arm) -> dict[str, Any] | None
     """The relative gain of an arm over another with as many teacher tokens; None where no cells tell."""
     arms = [replace(other, budget=budget) for budget in BUDGETS]
     own, ladder = found.get(one, {}), [(arm, found[arm]) for arm in arms if arm in found]
-    for (less, below), (more, above) in pairwise(ladder):
+    for place, ((less, below), (more, above)) in enumerate(pairwise(ladder)):
         seeds = sorted(own.keys() & below.keys() & above.keys())
         if not seeds:
             continue
         wanted, low, high = (tokens_of(cells, seeds) for cells in (own, below, above))
-        if not low * (1 - NEAR) <= wanted <= high * (1 + NEAR) or low == high:
+        bottom, top = low * (1 - NEAR * (place == 0)), high * (1 + NEAR * (place == len(ladder) - 2))
+        if not bottom <= wanted <= top or low == high:
             continue
         share = min(max((wanted - low) / (high - low), 0.0), 1.0)
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from benchmarks.conditions import RESULTS, options
@@ -105,14 +106,14 @@ def run(cell: Cell, shared: dict[str, Any], folder: Path, root: str) -> dict[str
         """By held-out prompt, the mean over its answers."""
         names = [manifests[name] for name in ("evaluate-before", "evaluate-after")]
         rows = pa.concat_tables(read_rows(store, name, METRICS[metric]) for name in names)
-        table = rows.filter(pa.compute.equal(rows["label"], label)).group_by("prompt_id").aggregate([(metric, "mean")])
+        table = rows.filter(pc.equal(rows["label"], label)).group_by("prompt_id").aggregate([(metric, "mean")])
         return {row["prompt_id"]: round(row[f"{metric}_mean"], 4) for row in table.to_pylist()}
 
     kept = read_rows(store, manifests["keep"], "scores", ["kept"])["kept"]
     return {
         **result,
         "arm": vars(cell),
-        "kept": pa.compute.sum(kept).as_py(),
+        "kept": pc.sum(kept).as_py(),
         "annotated": len(kept),
         **{metric: {label: marks(metric, label) for label in LABELS} for metric in METRICS},
     }
@@ -171,6 +172,8 @@ def main() -> None:
         if arguments.json:
             print(json.dumps(rows))
         return
+    if arguments.data is None:
+        parser.error("--data: say in which folder the files lie")
     from benchmarks.cells import run_all, todo
 
     left = todo(grid(), arguments.results)[: arguments.cells]

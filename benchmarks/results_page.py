@@ -131,11 +131,11 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
         )
     if length := summary["by_length"]:
         short, long = length[0], length[-1]
-        apart = all(one["lead"] < other["lead"] for one, other in pairwise(length))
+        grows = len(length) > 1 and all(one["lead"] < other["lead"] for one, other in pairwise(length))
         lines.append(
             f"Its lead by answers' length: {percent(short['lead'], True)} points at {short['tokens']:.0f} tokens, "
             f"{percent(long['lead'], True)} at {long['tokens']:.0f}; aimed at one that grows: "
-            f"{'met' if apart else 'missed'}."
+            f"{'met' if grows else 'missed'}."
         )
     if reached is not None:
         lines.append(
@@ -196,13 +196,12 @@ def text(found: Found, summary: dict[str, Any], on_real_text: list[dict[str, Any
         "All signals with two stages minus one stage, points:",
         comparisons(summary["two_stages_against_one"], "difference"),
         "Signals choose prompts whose answers are longer or shorter than others. At equal teacher tokens, by the line "
-        "between those two budgets of no signals whose tokens lie on either side (most are read in "
-        "rollouts, of which there are as many at any budget, and longer ones on prompts that signals choose):",
+        "between those two budgets of no signals whose tokens lie on either side, or by the one that is within a "
+        "hundredth of them:",
         equal_tokens(summary["at_equal_tokens"]) if summary["at_equal_tokens"] else "No cells yet.",
         "## Methods",
         "SWITCH minus another method, all signals, points. All have the learning rate that was chosen by plain "
-        "fine-tuning. `sft` and `seqkd` are the same here, as the teacher wrote all rows; `distillm` had no text of "
-        "the student, as its validation loss never rose by as much as lets the share of it grow:",
+        "fine-tuning. `sft` and `seqkd` are the same where the teacher wrote all rows, as here:",
         comparisons(summary["methods"], "lead"),
         "The same without signals, where runs stand by default:",
         comparisons(summary["without_signals"], "lead"),
@@ -224,8 +223,8 @@ def text(found: Found, summary: dict[str, Any], on_real_text: list[dict[str, Any
             "Made by `python -m benchmarks.real_text --data FOLDER`: SmolLM2-135M-Instruct is teacher and TA, 24 of "
             f"its 30 layers are the student; {SIZES['budget.queries']} queries, {SIZES['warmup.steps']} steps of "
             f"warm-up and {SIZES['train.steps']} of training, {SIZES['train.batch_size']} sequences each, fine-tuning "
-            f"on what the teacher wrote; the first {FIRST} held-out problems, the same in all runs, against the "
-            "source's own answers. The difference is all signals minus none.",
+            f"on what the teacher wrote; those of the first {FIRST} held-out problems that are short enough, the same "
+            "in all runs, against the source's own answers. The difference is all signals minus none.",
             real(on_real_text),
         ]
     return "\n\n".join(parts)

@@ -94,14 +94,16 @@ def choice(ranked: "Ranking", select: Select, queries: int, by_source: "Costs") 
     """
     (row,) = ranked.db.execute(measures).to_arrow_table().to_pylist()
     counts = ranked.db.execute(f"SELECT source, count(*) {chosen} GROUP BY source").fetchall()
-    tokens, money = (
-        sum(by_source.get(source, by_source[""])[which] * count for source, count in counts) for which in (0, 1)
-    )
-    return row | {"teacher_tokens": round(tokens), "money": round(money, 6)}
+    costs = [(by_source.get(source, by_source[""]), count) for source, count in counts]
+    money = [paid * count for (_, paid), count in costs if paid is not None]
+    return row | {
+        "teacher_tokens": round(sum(tokens * count for (tokens, _), count in costs)),
+        "money": round(sum(money), 6) if money else None,
+    }
 
 
-# Teacher tokens and money of annotating one prompt, means by source; under "" over all.
-Costs = dict[str, tuple[float, float]]
+# Teacher tokens and money (None without a price) of annotating one prompt, means by source; under "" over all.
+Costs = dict[str, tuple[float, float | None]]
 
 
 def costs_by_source(store: Store, manifests: dict[str, Manifest], budget: Budget) -> Costs:
@@ -109,7 +111,7 @@ def costs_by_source(store: Store, manifests: dict[str, Manifest], budget: Budget
     columns = ["prompt_id", "prompt_tokens", "completion_tokens"]
     judged = [manifests[name] for name in ("warmup-keep", "keep") if name in manifests]
     if not judged:
-        return {"": (0.0, 0.0)}
+        return {"": (0.0, None)}
     charged = []
     for name in annotations(manifests):
         price = budget.price_of(teacher_named(name)[1])
@@ -127,8 +129,8 @@ def costs_by_source(store: Store, manifests: dict[str, Manifest], budget: Budget
     )
     means = [("tokens_sum", "mean"), ("money_sum", "mean")]
 
-    def cost(row: dict[str, Any]) -> tuple[float, float]:
-        return row["tokens_sum_mean"] or 0.0, row["money_sum_mean"] or 0.0
+    def cost(row: dict[str, Any]) -> tuple[float, float | None]:
+        return row["tokens_sum_mean"] or 0.0, row["money_sum_mean"]
 
     found = {row["source"]: cost(row) for row in rows.group_by("source").aggregate(means).to_pylist()}
     return found | {"": cost(rows.group_by([]).aggregate(means).to_pylist()[0])}

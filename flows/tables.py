@@ -119,7 +119,7 @@ def choices_table(rows: list[dict[str, Any]]) -> Table:
     )
     table = Table(title="what each signal would have selected", title_justify="left", caption=caption)
     table.add_column("signal")
-    priced = any(row["money"] for row in rows)
+    priced = any(row["money"] is not None for row in rows)
     names = ["queries", "as selected", "known to be wrong", "unique answers", "TA's confidence", "teacher tokens"]
     for name in [*names, *(["money"] if priced else [])]:
         table.add_column(name, justify="right")
@@ -127,7 +127,7 @@ def choices_table(rows: list[dict[str, Any]]) -> Table:
         wrong = f"{row['known_wrong']} of {row['known']}" if row["known"] else ""
         means = (written(row["mean_unique_answers"]), written(row["mean_ta_student"]))
         shared = f"{row['shared']} of {row['queries']}"
-        cost = [f"{row['teacher_tokens']:,}", *([f"{row['money']:.4f}"] if priced else [])]
+        cost = [f"{row['teacher_tokens']:,}", *([written(row["money"])] if priced else [])]
         table.add_row(row["signal"], str(row["queries"]), shared, wrong, *means, *cost)
     return table
 

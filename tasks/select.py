@@ -7,7 +7,7 @@ prompts by the rank average of both are selected, as many as the budget has quer
 ``signals`` with all its signals and its reason.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from math import isnan
 from typing import Any
 
@@ -54,10 +54,12 @@ class SelectSettings(Config):
 Observed = tuple[int, list[dict[str, Any]], list[Consistency], list[str]]
 
 
-def observe(stage: Stage[SelectSettings]) -> Iterator[Observed]:
-    """Candidates shard by shard with what their samples agree on."""
+def observe(stage: Stage[SelectSettings], done: Container[int]) -> Iterator[Observed]:
+    """Candidates with what their samples agree on, shard by shard but for those that are done."""
     parts = {part.shard: part for part in stage.input("samples").tables["samples"].parts}
     for shard, table in slices(stage, "prompts", "candidates", stage.settings.shard_size):
+        if shard in done:
+            continue
         samples = read_part(stage.store, parts[shard], ["prompt_id", "text"])
         texts: dict[str, list[str]] = {}
         for prompt_id, text in zip(samples["prompt_id"].to_pylist(), samples["text"].to_pylist(), strict=True):
@@ -118,14 +120,13 @@ def score(stage: Stage[SelectSettings]) -> None:
     assistant = model_of(stage, "models", "assistant")
 
     def calls() -> Iterator[tuple[Observed, Call]]:
-        for observed in observe(stage):
-            shard, prompts, _, texts = observed
-            if shard not in done:
-                conversations = [prompt["messages"] for prompt in prompts]
-                yield (
-                    observed,
-                    confidence_call(settings.confidence, assistant, conversations, texts, settings.template_args),
-                )
+        for observed in observe(stage, done):
+            _, prompts, _, texts = observed
+            conversations = [prompt["messages"] for prompt in prompts]
+            yield (
+                observed,
+                confidence_call(settings.confidence, assistant, conversations, texts, settings.template_args),
+            )
 
     prompts_done = sum(part.rows for part in done.values())
     stage.progress(prompts_done, total, "prompts")

@@ -6,7 +6,7 @@
     exact          the whole text, without regard to case, white space and outer punctuation
     math           an expression, compared by math-verify
     reasoning_gym  the task's own scorer, on the part of the text that has the known answer's form
-    none           no check; texts agree as under ``exact``, a prompt's samples by ROUGE-L (``tasks/clusters.py``)
+    none           no check; texts agree as under ``exact``, in self-consistency by ROUGE-L (``tasks/clusters.py``)
     module:function   your own: (text, answer, entry) -> (final_answer, correct); answer and entry may be None
 
 Every verifier takes any text: control characters, lone surrogates, a megabyte. What a reasoning model thinks, up to

@@ -138,6 +138,7 @@ def test_at_equal_tokens_none_is_read_between_its_budgets(tmp_path: Path) -> Non
         for arm, right, tokens in zip(none, (0.2, 0.3, 0.5), (1000, 2000, 4000), strict=True):
             write(tmp_path, arm, seed, right, teacher_tokens=tokens)
         write(tmp_path, Arm(budget=BUDGETS[2]), seed, 0.7, teacher_tokens=5000)
+        write(tmp_path, Arm(budget=BUDGETS[0]), seed, 0.3, teacher_tokens=995)
     found = gains.load(tmp_path)
     summary = gains.summary(found)
     equal = summary["at_equal_tokens"]
@@ -149,6 +150,10 @@ def test_at_equal_tokens_none_is_read_between_its_budgets(tmp_path: Path) -> Non
     assert low < equal[BUDGET]["value"] < high
     assert equal[BUDGET]["value"] < summary["by_signals"]["all"]["value"]
     assert summary["by_signals"]["all"]["tokens"] == 1.5
+    # Less than a hundredth below the smallest budget's.
+    smallest = gains.accuracy(gains.shares(found[none[0]], SEEDS))
+    own = gains.accuracy(gains.shares(found[Arm(budget=BUDGETS[0])], SEEDS))
+    assert equal[BUDGETS[0]]["value"] == pytest.approx(own / smallest - 1, abs=1e-4)
     # More tokens than no signals had anywhere: nothing can be said.
     assert equal[BUDGETS[2]] is None
     page = results_page.text(found, summary)
@@ -186,4 +191,5 @@ def test_the_page_and_its_plot_are_written(tmp_path: Path) -> None:
     found = gains.load(tmp_path)
     results_page.write(found, gains.summary(found), folder=tmp_path)
     assert f"| `switch` | all | {BUDGET} | 1 |" in (tmp_path / "results.md").read_text()
-    assert (tmp_path / "results-arms.png").stat().st_size > 1000
+    for name in ("results-arms.png", "results-budgets.png"):
+        assert (tmp_path / name).stat().st_size > 1000
