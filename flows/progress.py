@@ -56,7 +56,7 @@ class StageProgress:
 
 
 def progress_text(event: dict[str, Any], seconds_left: float | None) -> str:
-    """How far a stage is: rows, tokens, rate, time left, and what the teacher was charged."""
+    """How far a stage is: rows, tokens, rate, time left, what the teacher was charged, and what retries took."""
     parts = [f"{event['done']:,g} of {event['total']:,g} {event['unit']}"]
     if event.get("tokens"):
         parts.append(f"{event['tokens']:,} tokens")
@@ -66,7 +66,16 @@ def progress_text(event: dict[str, Any], seconds_left: float | None) -> str:
         parts.append(f"about {duration(seconds_left)} left")
     text = ", ".join(parts)
     if charged := event.get("charged"):
-        tokens = charged["prompt_tokens"] + charged["completion_tokens"]
-        money = f", {charged['money']:,.4g} {charged['currency']}" if "money" in charged else ""
-        text += f"; teacher: {charged['queries']:,} queries, {tokens:,} tokens{money}; left: {event['left']}"
+        again = {name: spent - charged[name] for name, spent in event["spent"].items() if name != "currency"}
+        text += f"; teacher: {amount_text(charged)}"
+        if again["queries"] > 0:
+            text += f", and {amount_text(charged | again)} sent again"
+        text += f"; left: {event['left']}"
     return text
+
+
+def amount_text(amount: dict[str, Any]) -> str:
+    """Queries, tokens and, where they have a price, money."""
+    tokens = amount["prompt_tokens"] + amount["completion_tokens"]
+    money = f", {amount['money']:,.4g} {amount['currency']}" if "money" in amount else ""
+    return f"{amount['queries']:,} queries, {tokens:,} tokens{money}"

@@ -23,7 +23,7 @@ from tasks.config.base import Config
 from tasks.config.signals import Confidence, Keep, PTrue
 from tasks.engines import Call, engines, model_of
 from tasks.foreign import InStudentTokens
-from tasks.keeping import choose, judged, replaced, threshold
+from tasks.keeping import choose, join, judged, replaced, threshold
 from tasks.review import mean_scores
 from tasks.sample import slices
 from tasks.score import as_confidence, confidence_call
@@ -44,6 +44,8 @@ class KeepSettings(Config):
     """How the TA's confidence is read."""
     keep: Keep = Keep()
     """The rule."""
+    same_text: float = 50.0
+    """ROUGE-L from which on two free texts are one answer, for a majority and for a stand-in."""
     template_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template."""
     peer_review: float | None = None
@@ -141,7 +143,7 @@ def filter_shard(
     readable: InStudentTokens,
 ) -> None:
     """Commit one shard's scores, kept rows and charged prompts."""
-    keep = stage.settings.keep
+    keep, same_text = stage.settings.keep, stage.settings.same_text
     rows = [readable.of(prompt, row) for prompt, row in zip(prompts, samples.to_pylist(), strict=True)]
     doubted = doubts(stage, shard, samples)
     answers = agreement.answers_of(stage, shard) if keep.agreement else {}
@@ -158,6 +160,13 @@ def filter_shard(
     for row in scores:
         if row["kept"] and row["sample_id"] in doubted:
             row |= {"kept": False, "reason": "peer_review"}
+    by_id = {prompt["prompt_id"]: prompt for prompt in prompts}
+    theirs: dict[str, list[dict[str, Any]]] = {prompt_id: [] for prompt_id in by_id}
+    for row in scores:
+        theirs[row["prompt_id"]].append(row)
+    if keep.compares:
+        for prompt_id, prompt in by_id.items():
+            join(prompt, theirs[prompt_id], same_text)
     if keep.answers != "all":
         choose(keep, scores, deciding)
     charged = {
@@ -172,8 +181,9 @@ def filter_shard(
     if own and keep.stand_in:
         for prompt_id, found in own.of(charged).items():
             confidence = float(fit.map(np.array([found.confidence]))[0]) if fit else found.confidence
-            prompt = next(prompt for prompt in prompts if prompt["prompt_id"] == prompt_id)
+            prompt = by_id[prompt_id]
             row = judged(keep, least, prompt, found.sample, confidence, answers)
+            join(prompt, [*theirs[prompt_id], row], same_text)
             if replaced(keep.stand_in, scores, deciding, row, confidence):
                 scores.append(row | {"reason": "stand_in"})
                 rows.append(found.sample)

@@ -10,6 +10,7 @@ from kernels.calibration import Isotonic
 from kernels.consistency import consistency
 from kernels.quantile import neighbours
 from tasks.agreement import disagrees
+from tasks.clusters import clustered
 from tasks.config.signals import Keep, StandIn
 from tasks.verify import final_answer, is_correct
 
@@ -38,6 +39,14 @@ def reason(keep: Keep, least: float, sample: dict[str, Any], confidence: float, 
     if other:
         return "disagreement"
     return "kept" if confidence >= least else "below_threshold"
+
+
+def join(prompt: dict[str, Any], scores: list[dict[str, Any]], same_text: float) -> None:
+    """Give the prompt's texts that say the same one final answer, where it has no verifier to find it. ``scores``: its
+    own rows, of which an earlier one never depends on a later one."""
+    if prompt["verifier"] == "none":
+        for row, answer in zip(scores, clustered([row["text"] for row in scores], same_text), strict=True):
+            row["final_answer"] = answer
 
 
 def choose(keep: Keep, scores: list[dict[str, Any]], confidences: list[float]) -> None:

@@ -3,8 +3,8 @@
     python -m tasks.prompts --spec SPEC.json
 
 Input ``models`` (its facts hold the tokenizer's model). Tables ``prompts``, of them ``warmup`` and ``candidates``,
-``heldout`` and ``quarantine``. The set need not fit in memory: rows go to a duckdb database in the temporary folder
-(TMPDIR), Python holds a batch at a time.
+``heldout``, ``undrawn`` (usable rows in none of these three, with the reason) and ``quarantine``. The set need not fit
+in memory: rows go to a duckdb database in the temporary folder (TMPDIR), Python holds a batch at a time.
 
 Reasons of refusal: empty_prompt, too_long (in tokens, or a line beyond 8 MiB), undecodable, broken_line, malformed (a
 value of the wrong type), missing_field, no_template (the chat template refuses the conversation), duplicate,
@@ -118,6 +118,12 @@ def write_all(stage: Stage[PromptsSettings], db: duckdb.DuckDBPyConnection) -> N
         FROM rows JOIN fate USING (n) ORDER BY n
     """
     write(stage, db, "quarantine", query, schemas.QUARANTINE)
+    query = """
+        SELECT prompt_id, source, position, CASE WHEN heldout THEN 'not_held_out' ELSE 'not_a_candidate' END AS reason
+        FROM rows SEMI JOIN (FROM parts WHERE part IN ('prompts', 'unused')) AS usable USING (n)
+        ANTI JOIN warmup USING (n) ANTI JOIN candidates USING (n) ORDER BY n
+    """
+    write(stage, db, "undrawn", query, schemas.UNDRAWN)
 
 
 def facts(db: duckdb.DuckDBPyConnection) -> dict[str, Any]:

@@ -94,9 +94,10 @@ class Purse:
         return self.ledger.spent_before + self.ledger.spent
 
     def left(self) -> dict[str, Any]:
-        """Of the budget, for those who watch: what is left in words, what is charged in figures."""
-        charged = self.charged()
-        return {"left": in_words(self.caps, charged), "charged": self.in_all("charged", charged)}
+        """Of the budget, for those who watch: what is left in words, what is charged and spent in figures."""
+        charged, spent = self.charged(), self.spent()
+        figures = {"charged": self.in_all("charged", charged), "spent": self.in_all("spent", spent)}
+        return {"left": in_words(self.caps, charged), **figures}
 
     def in_all(self, name: str, found: Amount) -> dict[str, Any]:
         """What was charged, or spent, so far, with its price."""

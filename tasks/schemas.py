@@ -31,6 +31,16 @@ QUARANTINE = pa.schema(
     ]
 )
 
+# A usable row that no draw took, by its place and with the reason: nothing was asked about it.
+UNDRAWN = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("position", pa.int64()),
+        ("reason", pa.string()),  # not_a_candidate (it stands in ``prompts``) | not_held_out
+    ]
+)
+
 # One sampled response.
 SAMPLE = pa.schema(
     [

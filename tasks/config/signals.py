@@ -135,6 +135,11 @@ class Keep(Config):
     stand_in: StandIn | None = Field(default=None, exclude_if=absent)
     """Train on the student's text where the TA trusts it clearly more than the teacher's, and the rule keeps it."""
 
+    @property
+    def compares(self) -> bool:
+        """Whether the answers of one prompt are compared with each other."""
+        return self.answers == "majority" or self.stand_in is not None
+
 
 class Select(Config):
     """Which prompts are worth a teacher query."""
@@ -145,15 +150,18 @@ class Select(Config):
     consistency: Literal["unique", "majority", "entropy"] = "unique"
     """Self-consistency by the number of unique answers, the majority's share, or the answers' normalised entropy."""
     same_text: float = Field(default=50.0, gt=0, le=100)
-    """ROUGE-L (F1, 0 to 100) from which on two free texts, those of prompts without a verifier, count as one answer."""
+    """ROUGE-L (F1, 0 to 100) from which on two free texts, those of prompts without a verifier, count as one answer;
+    also where annotations are compared (``keep.answers: majority``, ``keep.stand_in``)."""
     consistency_weight: float = Field(default=1.0, ge=0)
     """Weight of the student's self-consistency (number of unique answers)."""
     assistant_weight: float = Field(default=1.0, ge=0)
     """Weight of the TA's doubt about the student's answer."""
     source_share: float = Field(default=1.0, gt=0, le=1)
-    """Most of the queries that prompts of one source may take."""
+    """Most of the queries that prompts of one source may take: of one task, or of what a file's column
+    ``fields.source`` names, such as a cluster."""
     balance: float = Field(default=0.0, ge=0, le=1)
-    """Places guaranteed to each source: 0 by its share of the candidates and not at all, 1 equally many."""
+    """Places guaranteed to each source: 0 by its share of the candidates and not at all, 1 equally many. The warm-up
+    before it is drawn as prompts come."""
 
     @model_validator(mode="after")
     def _something_decides(self) -> "Select":

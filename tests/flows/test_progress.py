@@ -22,14 +22,20 @@ STEPS = {"done": 3, "total": 1000, "unit": "steps"}
             "3 of 1,000 rows, 123,456 tokens, 1,234.5 tokens/s, about 1.5 min left",
         ),
         (
-            {**STEPS, "charged": CHARGED, "left": "300 queries"},
+            {**STEPS, "charged": CHARGED, "spent": CHARGED, "left": "300 queries"},
             None,
             "3 of 1,000 steps; teacher: 1,200 queries, 34,500 tokens; left: 300 queries",
         ),
         (
-            {**STEPS, "charged": {**CHARGED, "money": 0.123456, "currency": "EUR"}, "left": "300 queries, 1 EUR"},
+            {
+                **STEPS,
+                "charged": {**CHARGED, "money": 0.123456, "currency": "EUR"},
+                "spent": {**CHARGED, "queries": 1203, "completion_tokens": 4600, "money": 0.125, "currency": "EUR"},
+                "left": "300 queries, 1 EUR",
+            },
             None,
-            "3 of 1,000 steps; teacher: 1,200 queries, 34,500 tokens, 0.1235 EUR; left: 300 queries, 1 EUR",
+            "3 of 1,000 steps; teacher: 1,200 queries, 34,500 tokens, 0.1235 EUR, "
+            "and 3 queries, 100 tokens, 0.001544 EUR sent again; left: 300 queries, 1 EUR",
         ),
     ],
 )

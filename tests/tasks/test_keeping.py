@@ -31,12 +31,20 @@ CASES: dict[str, tuple[list[tuple[str, float]], list[str], float | None, str | N
 }
 
 
-def keep(root: Path, **rule: Any) -> Stage[KeepSettings]:
+# As CASES, without a verifier: two annotations say the same, and so does the student, or it does not.
+ANNOTATED = [("Lyon.", 0.6), ("The capital is Paris.", 0.3), ("Paris is the capital.", 0.4)]
+FREE: dict[str, tuple[list[tuple[str, float]], list[str], float | None, str | None]] = {
+    "open-same": (ANNOTATED, ["The capital: Paris."], 0.9, None),
+    "open-other": (ANNOTATED, ["I would say Rome"], 0.9, None),
+}
+
+
+def keep(root: Path, cases: dict[str, Any] = CASES, **rule: Any) -> Stage[KeepSettings]:
     """The stage's result; what engines are asked for is there already."""
     store = LocalStore(root)
     prompts, samples, signals, own, confidence, answers = [], [], [], [], [], []
-    for name, (theirs, ours, trust, assistant) in CASES.items():
-        verifier = "none" if name == "open" else "number"
+    for name, (theirs, ours, trust, assistant) in cases.items():
+        verifier = "none" if name.startswith("open") else "number"
         prompts.append({"prompt_id": name, "source": "toy", "answer": "9", "verifier": verifier})
         ids = {"prompt_id": name, "prompt_token_ids": [1], "token_ids": [2], "finish_reason": "stop"}
         for number, (text, value) in enumerate(theirs):
@@ -129,6 +137,16 @@ def test_a_stand_in_is_clearly_better_than_the_best_annotation_and_carries_its_o
     assert weights["two-own0"] == pytest.approx(0.65)
     assert weights["same-0"] == pytest.approx(0.2)
     assert "two-own0" not in reasons(keep(tmp_path / "more", stand_in={"margin": 0.06}))
+
+
+def test_free_texts_that_say_the_same_are_one_answer_of_a_majority_and_no_reason_to_stand_in(tmp_path: Path) -> None:
+    found = keep(tmp_path, FREE, answers="majority")
+    assert set(kept(found)) == {"open-same-2", "open-other-2"}
+    assert [why for why in reasons(found).values() if why != "kept"] == ["not_chosen"] * 4
+    rows = read_rows(found.store, found.manifest, "scores").to_pylist()
+    assert [row["final_answer"] for row in rows[:3]] == ["lyon", "the capital is paris", "the capital is paris"]
+    found = keep(tmp_path / "own", FREE, stand_in={"margin": 0.25})
+    assert {name for name, why in reasons(found).items() if why == "stand_in"} == {"open-other-own0"}
 
 
 def test_a_stand_in_meets_the_rules_itself(tmp_path: Path) -> None:

@@ -114,6 +114,9 @@ def test_tables_and_counts(runs):
     assert not ids["prompts"] & ids["heldout"]
     assert ids["warmup"] | ids["candidates"] < ids["prompts"]
     assert not ids["warmup"] & ids["candidates"]
+    undrawn = runs.rows(stage, "undrawn")
+    assert {row["prompt_id"] for row in undrawn} == ids["prompts"] - ids["warmup"] - ids["candidates"]
+    assert {(row["source"], row["reason"]) for row in undrawn} == {("squares", "not_a_candidate")}
     counts = stage.facts["counts"]
     assert (counts["read"], counts["prompts"], counts["heldout"], counts["reasons"]) == (20, 17, 3, {})
     assert counts["sources"] == {"squares": {"read": 20, "prompts": 17, "heldout": 3, "refused": 0}}
@@ -304,6 +307,9 @@ def test_given_held_out_rows_leave_the_training_set(runs):
     assert counts["reasons"] == {"in_heldout": 3, "duplicate": 1}
     assert (counts["prompts"], counts["heldout"], counts["heldout_unused"]) == (10, 4, 2)
     assert {row["source"] for row in runs.rows(stage, "heldout")} == {"test"}
+    left = [row for row in runs.rows(stage, "undrawn") if row["reason"] == "not_held_out"]
+    assert [row["source"] for row in left] == ["test", "test"]
+    assert not {row["prompt_id"] for row in left} & set(runs.ids(stage, "heldout"))
     assert {row["source"] for row in runs.rows(stage, "prompts")} == {"train"}
 
 
