@@ -2,7 +2,7 @@
 
 A flow that a worker runs, or a person at a terminal, waits there; the form says what would be spent. ``switchyard run``
 without a terminal cannot wait for anybody: it takes ``--yes``, or refuses. An agreement is kept in the run's record, so
-a run that is continued does not ask again; one that is told to annotate anew does.
+a run that is continued does not ask again; one that is told to annotate anew, or may send more again, does.
 """
 
 import time
@@ -19,6 +19,7 @@ from prefect.utilities.urls import url_for
 
 from flows.display import display
 from flows.ends import StageCancelled, StageRefused
+from flows.record import RunRecord
 from tasks.config.budget import Budget
 
 POLL_SECONDS = 1.0
@@ -42,6 +43,11 @@ def above(budget: Budget) -> str:
         (f"{budget.money:,g} {unit}" if budget.money else "money without a cap", over(budget.money, most.money)),
     ]
     return " and ".join(text for text, exceeds in amounts if exceeds)
+
+
+def agreed(known: RunRecord | None, budget: Budget) -> bool:
+    """Whether somebody agreed to what a run that is continued spends; to more than was asked of them they did not."""
+    return known is not None and known.approved and budget.spending_factor <= known.config["budget"]["spending_factor"]
 
 
 def over(cap: float | None, most: float | None) -> bool:

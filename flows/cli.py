@@ -145,14 +145,14 @@ def start_flow(settings: RunConfig, root: str, from_: str | None, yes: bool) -> 
 
 def asks_approval(settings: RunConfig, root: str, plan: "Plan", redo_from: str | None) -> str:
     """What a person would have to agree to; empty where nothing is left to ask the teacher, or they have."""
-    from flows.approval import above
+    from flows.approval import above, agreed
     from flows.record import load_record
     from tasks.accounts import annotates
 
     known = load_record(open_store(root), plan.run)
     left = redo_from or any(not stage.done for stage in plan.stages if annotates(stage.name))
-    agreed = known is not None and known.approved and not redo_from
-    return above(settings.budget) if left and not agreed else ""
+    asked = redo_from or not agreed(known, settings.budget)
+    return above(settings.budget) if left and asked else ""
 
 
 def ended(state: Any, settings: RunConfig, root: str) -> dict[str, Any]:

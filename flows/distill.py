@@ -80,10 +80,10 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             settings["peer_review"] = config.peers.review.threshold
         if not charged:
             settings["charges"] = False
-        if config.signals.keep.compares:
+        if own or rule["answers"] == "majority":
             settings["same_text"] = config.signals.select.same_text
         if config.signals.keep.calibrate:
-            settings |= {"validation_share": config.train.validation_share, "seed": config.seed}
+            settings |= {"validation_share": config.calibration_share, "seed": config.seed}
         return stage(name, "tasks.keep", {**settings, **shared}, models=models, prompts=prompts, samples=samples, **own)
 
     # Prepare: models that load anywhere; prompts that are whole, new and apart from the held-out ones.

@@ -95,6 +95,11 @@ def notes(config: RunConfig) -> list[str]:
     chosen = {"select": config.signals.select.rule != "random", "keep": config.signals.keep.rule != "all"}
     if said := ", ".join(text for part, text in silent.items() if not chosen[part]):
         found.append(f"signals: {said}")
+    if chosen["keep"] and getattr(config.train.method, "on_policy_share", 0) == 1:
+        found.append(
+            f"signals.keep: {config.train.method.type} starts rollouts from every prompt that was paid for, and trains "
+            "on nothing else, so what is dropped changes the warm-up alone"
+        )
     if peers := config.peers:
         review = f", peer review from {peers.review.threshold:g} on" if peers.review else ""
         routing = peers.routing.type.replace("_", " ")

@@ -156,18 +156,19 @@ def affordable(config: RunConfig) -> list[str]:
     worst = Amount(1, read, sampling.max_tokens) * sampling.samples
     if beside:
         worst += Amount(1, read + beside.template_tokens, beside.max_tokens)
-    parts = [0.0, *(config.peers.parts() if config.peers else [1.0])]
-    # A teacher that is given nothing covers nothing; one that is given something covers one prompt.
-    least = min(part for part in (after - before or after for before, after in pairwise(parts)) if part)
+    parts = pairwise([0.0, *(config.peers.parts() if config.peers else [1.0])])
     found = []
-    for unit in ("tokens", "money"):
-        caps = caps_of(budget.model_copy(update={"money": None} if unit == "tokens" else {"tokens": None}))
-        share = min(budget.warmup_share, 1 - budget.warmup_share) * least
-        if getattr(budget, unit) is not None and not caps.cover(worst, share):
-            found.append(
-                f"budget.{unit}: {share:.0%} of {getattr(budget, unit):,} do not cover one prompt, which may take "
-                f"{worst.tokens:,} tokens: raise it, or lower sampling.teacher.max_tokens"
-            )
+    for teacher, (before, after) in zip(config.teachers, parts, strict=True):
+        # One that is given nothing covers nothing; one that is given something covers one prompt.
+        share = min(budget.warmup_share, 1 - budget.warmup_share) * (after - before or after)
+        for unit in ("tokens", "money") if share else ():
+            other, price = "money" if unit == "tokens" else "tokens", budget.price_of(teacher)
+            caps = caps_of(budget.model_copy(update={other: None, "price": price}))
+            if getattr(budget, unit) is not None and not caps.cover(worst, share):
+                found.append(
+                    f"budget.{unit}: {share:.0%} of {getattr(budget, unit):,} do not cover one prompt of {teacher}, "
+                    f"which may take {worst.tokens:,} tokens: raise it, or lower sampling.teacher.max_tokens"
+                )
     return found
 
 

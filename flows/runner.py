@@ -18,6 +18,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
+from flows.approval import agreed
 from flows.artifacts import publish, summarise
 from flows.console import outlive_readers
 from flows.cycle import NothingToDo
@@ -74,7 +75,7 @@ class Runner(Pipeline):
             config=config.model_dump(mode="json"),
             redo=redo,
             promoted=rival_of(store, config, known),
-            approved=bool(known and known.approved and not redo_from),
+            approved=not redo_from and agreed(known, config.budget),
             touched=known.touched if known else {},
         )
         record.save(store)

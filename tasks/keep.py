@@ -53,7 +53,8 @@ class KeepSettings(Config):
     charges: bool = True
     """Whether the samples were charged to the budget: rollouts start from charged prompts only."""
     validation_share: float = 0.0
-    """Training's: which prompts are validation, where the confidence is calibrated."""
+    """Which prompts no training learns from, where the confidence is calibrated; a mentor's rows that calibrate are
+    dropped, as all of its rows are trained on."""
     seed: int = 0
     """Seed of the run: which prompts are validation."""
 
@@ -160,6 +161,8 @@ def filter_shard(
     for row in scores:
         if row["kept"] and row["sample_id"] in doubted:
             row |= {"kept": False, "reason": "peer_review"}
+        if row["kept"] and row["calibrates"] and not stage.settings.charges:
+            row |= {"kept": False, "reason": "calibrates"}
     by_id = {prompt["prompt_id"]: prompt for prompt in prompts}
     theirs: dict[str, list[dict[str, Any]]] = {prompt_id: [] for prompt_id in by_id}
     for row in scores:

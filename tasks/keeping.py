@@ -1,13 +1,13 @@
 """The rules by which annotations are kept: what is known of one by itself, and which of a prompt's stay."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from kernels.calibration import Isotonic
-from kernels.consistency import consistency
 from kernels.quantile import neighbours
 from tasks.agreement import disagrees
 from tasks.clusters import clustered
@@ -50,17 +50,20 @@ def join(prompt: dict[str, Any], scores: list[dict[str, Any]], same_text: float)
 
 
 def choose(keep: Keep, scores: list[dict[str, Any]], confidences: list[float]) -> None:
-    """Of several kept annotations of a prompt leave one: the majority's by final answer where that is the rule, and
+    """Of several kept annotations of a prompt leave one: of the most frequent final answer where that is the rule, and
     among these the one that the TA trusts most. The others are dropped as ``not_chosen``."""
     by_prompt: dict[str, list[int]] = {}
     for number, row in enumerate(scores):
         if row["kept"]:
             by_prompt.setdefault(row["prompt_id"], []).append(number)
-    for prompt_id, numbers in by_prompt.items():
+    for numbers in by_prompt.values():
         standing = numbers
         if keep.answers == "majority":
-            majority = consistency([scores[number]["final_answer"] for number in numbers], prompt_id).majority_answer
-            standing = [number for number in numbers if scores[number]["final_answer"] == majority]
+            finals = {number: scores[number]["final_answer"] for number in numbers}
+            # One that could not be extracted agrees with nothing, not with another of its kind either.
+            counts = {**Counter(finals.values()), None: 0}
+            most = max(counts[final] for final in finals.values())
+            standing = [number for number, final in finals.items() if counts[final] == most]
         best = max(standing, key=lambda number: confidences[number])
         for number in set(numbers) - {best}:
             scores[number] |= {"kept": False, "reason": "not_chosen"}

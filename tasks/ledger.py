@@ -208,7 +208,12 @@ class Ledger:
 
     def settle(self, reservation: Reservation, used: Mapping[int, Amount], lost: Amount = NOTHING) -> None:
         """Give back what was not used. ``used``: by query, of the answer; ``lost``: by tries that may have been billed
-        without one. ValueError where that is more than was reserved."""
+        without one. ValueError where that is more than was reserved; it is on the account all the same."""
+        queries = {number: amount.parts for number, amount in used.items()}
+        entry = {"settle": reservation.id, "queries": queries, "extra": lost.parts}
+        while not self._append(entry):
+            pass
+        self._under_way.discard(reservation.id)
         over = [number for number, amount in used.items() if not amount.within(reservation.worst[number])]
         if over or not lost.within(reservation.largest * reservation.spare):
             bill, most = (used[over[0]], reservation.worst[over[0]]) if over else (lost, reservation.largest)
@@ -217,11 +222,6 @@ class Ledger:
                 f"{most.prompt_tokens} + {most.completion_tokens} were expected: raise prompts.max_prompt_tokens, or "
                 "for an endpoint models.teacher.service.template_tokens"
             )
-        queries = {number: amount.parts for number, amount in used.items()}
-        entry = {"settle": reservation.id, "queries": queries, "extra": lost.parts}
-        while not self._append(entry):
-            pass
-        self._under_way.discard(reservation.id)
 
     def lose(self, reservation: Reservation) -> None:
         """Nobody will tell what it used: it stays at its worst."""

@@ -272,7 +272,8 @@ class Together(OnPolicy):
 
 class Opd(OnPolicy):
     """On-policy distillation: Σ A_t · (−log q(y_t)) with A_t = log p(y_t) − log q(y_t), held fixed: in expectation the
-    gradient of KL(q ‖ p) at single steps. What is reported is the estimate of that divergence, −A_t."""
+    gradient of KL(q ‖ p) at single steps. The importance weight q / q_drawn is 1, as settings see to it that q draws.
+    What is reported is the estimate of that divergence, −A_t."""
 
     def loss(self, hidden_NH: Tensor, head: Head, batch: Batch, sequences: list[Sequence]) -> Loss:
         log_p_N, log_q_N = self.token_logprobs(hidden_NH, head, batch, sequences)

@@ -88,7 +88,8 @@ SCORE = pa.schema(
         ("calibrated", pa.float32()),  # the same as a share correct, which then decides; null where not asked for
         ("calibrates", pa.bool_()),  # whether the calibration was fitted on this row; null where not asked for
         ("kept", pa.bool_()),
-        # kept | below_threshold | peer_review | empty | truncated | unscored | disagreement | not_chosen | replaced;
+        # kept | below_threshold | peer_review | empty | truncated | unscored | disagreement | not_chosen | replaced
+        # | calibrates;
         # stand_in: a row of the student's text in place of those replaced, the TA's confidence in it stands in SIGNAL
         ("reason", pa.string()),
     ]

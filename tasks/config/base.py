@@ -3,6 +3,7 @@
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -13,6 +14,15 @@ def absent(value: Any) -> bool:
     """For settings that came later: where they are not set they are left out of what is hashed, so that older runs and
     results keep their names."""
     return value is None
+
+
+def completed(field: FieldInfo | None, value: Any) -> Any:
+    """A section that is given in part keeps the rest of its place's own default, which may be other than the section's
+    elsewhere: a warm-up's steps, say, and its method."""
+    default = field.default if field else None
+    if not isinstance(value, dict) or not isinstance(default, Config):
+        return value
+    return {name: getattr(default, name) for name in default.model_fields_set} | value
 
 
 class Config(BaseModel):
@@ -34,8 +44,10 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_form(cls, data: Any) -> Any:
-        return {name: form.read(value) for name, value in data.items()} if isinstance(data, dict) else data
+    def _given(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: completed(cls.model_fields.get(name), form.read(value)) for name, value in data.items()}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

@@ -59,7 +59,8 @@ class Budget(Config):
     """A run whose budget is larger waits for approval in Prefect before it asks the teacher anything; from a shell
     without a terminal it takes ``--yes`` instead."""
     online_teacher_tokens: int | None = Field(default=None, ge=1)
-    """Cap on positions the teacher is asked about during on-policy training; none where absent."""
+    """Cap on positions of rollouts that the teacher is asked about during on-policy training; none where absent. Not
+    counted is what it reads of annotated rows, and what a training that died does again."""
 
     @property
     def warmup_queries(self) -> int:

@@ -11,7 +11,7 @@ from tasks.config.methods import Sft
 from tasks.config.models import EngineConfig, Engines, Models, ModelSource
 from tasks.config.prompts import NearDuplicates, PromptsConfig, PromptSource, ReasoningGymSource, ReasoningGymTask
 from tasks.config.run import NAME, Resources, RunConfig, SamplingConfig
-from tasks.config.signals import Sampling
+from tasks.config.signals import MeanLogprob, Sampling, Signals
 from tasks.config.trackers import Trackers
 from tasks.config.train import TrainConfig
 
@@ -86,6 +86,7 @@ class Evaluation(Config):
             ),
             budget=Budget(queries=2, warmup_share=0.5),
             sampling=SamplingConfig(teacher=written, student=written),
+            signals=Signals(confidence=MeanLogprob()),
             warmup=unused,
             train=unused,
             evaluate=self.evaluate,

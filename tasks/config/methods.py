@@ -283,6 +283,8 @@ class Opd(OnPolicy):
     type: Literal["opd"] = "opd"
     on_policy_share: float = Field(default=1.0, ge=0, le=1)
     """Probability that a sequence of a batch is rolled out; the others are annotated rows."""
+    temperature: float = Field(default=1.0, ge=1, le=1)
+    """Rollouts are drawn from the student as it is, so that every importance weight is 1."""
 
 
 class Switch(OnPolicy):

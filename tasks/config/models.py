@@ -93,13 +93,17 @@ class OpenAIModel(Config):
     send_seed: bool = True
     """Send each query's seed: endpoints that heed it write the same again."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of every request, as they are."""
+    """Further fields of every request, as they are; none of those that say what is asked, or how much is written."""
     service: Service = Service()
     """How it is asked."""
 
     @model_validator(mode="after")
     def _no_key_in_the_clear(self) -> "OpenAIModel":
         refuse_secrets(self.extra, "extra")
+        if given := sorted(self.extra.keys() & REQUEST_FIELDS):
+            raise ValueError(
+                f"extra: {given[0]} is set by the request itself, which the budget covers: use sampling.teacher"
+            )
         host = urlsplit(self.base_url).hostname
         if self.key_variable and self.base_url.startswith("http://") and host not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(f"base_url {self.base_url} would carry the key unencrypted: use https, or no key_variable")
@@ -144,6 +148,12 @@ class Models(Config):
     chat_template_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the template, such as ``enable_thinking: false``."""
 
+
+# Fields of a request that infra/endpoint.py gives itself, and others by which more would be billed than is expected.
+REQUEST_FIELDS = {
+    *("model", "messages", "temperature", "top_p", "seed", "max_tokens", "max_completion_tokens"),
+    *("n", "best_of", "stream", "prompt_logprobs", "echo"),
+}
 
 # Arguments of ``vllm.LLM`` that infra/engine.py gives itself.
 ENGINE_ARGUMENTS = {

@@ -148,6 +148,11 @@ class RunConfig(Config):
         return self.peers.names if self.peers else [FIRST]
 
     @property
+    def calibration_share(self) -> float:
+        """Share of the prompts that no training learns from, the mentor's included: each draws its own in one order."""
+        return min(training.validation_share for training in self.trainings.values())
+
+    @property
     def trainings(self) -> dict[str, TrainConfig]:
         """Every training by the place of its settings, the student's last one behind."""
         mentor = {"mentor.train": self.mentor.train} if self.mentor else {}
@@ -222,6 +227,7 @@ class RunConfig(Config):
                     f"prompts.max_prompt_tokens {self.prompts.max_prompt_tokens} + {field}.max_tokens "
                     f"{sampling.max_tokens}: raise it"
                 )
+        self._scored()
         return self
 
     def _can_be_served(self, name: str, settings: TrainConfig) -> None:
@@ -266,10 +272,15 @@ class RunConfig(Config):
         keep, longest = self.signals.keep, self.prompts.max_prompt_tokens
         if keep.calibrate and self.prompts.verifier == "none":
             raise ValueError("signals.keep.calibrate needs known answers, and prompts.verifier is none: remove one")
-        if keep.calibrate and not self.train.validation_share:
-            raise ValueError("signals.keep.calibrate needs validation prompts: raise train.validation_share above 0")
+        if keep.calibrate and not self.calibration_share:
+            zero = next(name for name, training in self.trainings.items() if not training.validation_share)
+            raise ValueError(f"signals.keep.calibrate needs validation prompts: raise {zero}.validation_share above 0")
         if keep.agreement and self.prompts.verifier == "none":
             raise ValueError("signals.keep.agreement compares final answers, and prompts.verifier is none: remove one")
+        if self.signals.select.rule == "oracle" and self.prompts.verifier == "none":
+            raise ValueError(
+                "signals.select.rule oracle needs known answers, and prompts.verifier is none: set signals"
+            )
         if keep.agreement and longest + keep.agreement.max_tokens > self.engines.assistant.max_model_len:
             raise ValueError(
                 f"engines.assistant.max_model_len {self.engines.assistant.max_model_len} is below "
@@ -283,16 +294,38 @@ class RunConfig(Config):
                 "stored: set train.method.annotated live, or leave stand_in out"
             )
 
+    def _scored(self) -> None:
+        """Who gives answers a confidence has room for the longest prompt, the longest answer, and the question."""
+        asked = self.signals.confidence.tokens
+        if asked is None:
+            return
+        theirs, own = ("sampling.teacher", self.sampling.teacher), ("sampling.student", self.sampling.student)
+        mentors = [("mentor.sampling", self.mentor.sampling)] if self.mentor else []
+        reads = {"assistant": [theirs, own, *mentors]}
+        if self.peers and self.peers.review:
+            reads |= {role: [theirs] for role in self.teachers}
+        for role, writing in reads.items():
+            model, (field, longest) = self.served[role], max(writing, key=lambda entry: entry[1].max_tokens)
+            needed = self.prompts.max_prompt_tokens + longest.max_tokens + asked
+            if not isinstance(model.source, OpenAIModel) and needed > model.engine.max_model_len:
+                raise ValueError(
+                    f"{model.engine_field}.max_model_len {model.engine.max_model_len} is below "
+                    f"prompts.max_prompt_tokens {self.prompts.max_prompt_tokens} + {field}.max_tokens "
+                    f"{longest.max_tokens} + the question of signals.confidence, {asked} at most: raise it to {needed}"
+                )
+
     def _asked_beside(self) -> None:
-        """What an auxiliary target needs of engines and training."""
+        """What an auxiliary target needs of engines and training, and what else only rows are made for."""
         beside, method = self.auxiliary, self.train.method
+        for_rows = {"auxiliary": beside, "mentor": self.mentor, "signals.keep.stand_in": self.signals.keep.stand_in}
+        unused = [name for name, section in for_rows.items() if section]
+        if unused and "on_policy_share" in type(method).model_fields and method.on_policy_share == 1:
+            raise ValueError(
+                f"{unused[0]}: train.method {method.type} trains on rollouts alone, so its rows would only be made "
+                f"and paid for: lower train.method.on_policy_share below 1, or leave {unused[0]} out"
+            )
         if not beside:
             return
-        if "on_policy_share" in type(method).model_fields and method.on_policy_share == 1:
-            raise ValueError(
-                f"auxiliary: train.method {method.type} trains on rollouts alone, so its targets would only be paid "
-                "for: lower train.method.on_policy_share below 1, or leave auxiliary out"
-            )
         needed = self.prompts.max_prompt_tokens + beside.template_tokens + beside.max_tokens
         if not self.text_only and needed > self.engines.teacher.max_model_len:
             raise ValueError(

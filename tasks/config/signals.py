@@ -69,11 +69,21 @@ class PTrue(Config):
     false: str = Field(default="B", min_length=1)
     """Continuation that means false; its first token is read."""
 
+    @property
+    def tokens(self) -> int:
+        """The most tokens that the question adds to prompt and answer: no tokenizer makes more of a text than it has
+        bytes."""
+        return len((self.template + self.prefill).encode()) + 1
+
 
 class MeanLogprob(Config):
     """Length-normalised log-probability of the answer under the TA, as exp(mean)."""
 
     type: Literal["mean_logprob"] = "mean_logprob"
+
+    @property
+    def tokens(self) -> None:
+        """Nothing is asked, and what is too long is read as far as it goes."""
 
 
 VERBALIZED = """Question: {question}
@@ -89,6 +99,11 @@ class Verbalized(Config):
     """What the TA is asked; {question} and {answer} are filled in."""
     max_tokens: int = Field(default=8, ge=1, le=256)
     """Longest rating, tokens."""
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that question and rating add to prompt and answer."""
+        return len(self.template.encode()) + self.max_tokens
 
 
 Confidence = Annotated[PTrue | MeanLogprob | Verbalized, Field(discriminator="type")]

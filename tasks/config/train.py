@@ -96,6 +96,8 @@ class TrainConfig(Config):
         name = self.method.type
         if self.rollouts_ahead and self.method.keeps_rollouts:
             raise ValueError(f"rollouts_ahead {self.rollouts_ahead}: {name} trains on rollouts again anyway, set 0")
+        if self.rollouts_ahead and name == "opd":
+            raise ValueError(f"rollouts_ahead {self.rollouts_ahead}: opd takes the student's own draws, set 0")
         if name == "distillm" and not self.validation_share:
             raise ValueError("validation_share 0: distillm rolls out once the validation loss has risen, raise it")
         if name == "distillm" and self.validate_every >= self.steps:

@@ -10,7 +10,8 @@ import pytest
 import tiny
 import yaml
 
-from flows.approval import above
+from flows.approval import above, agreed
+from flows.record import RunRecord
 from tasks.config.budget import Budget
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,6 +33,14 @@ ROOT = Path(__file__).parent.parent.parent
 )
 def test_what_needs_approval(budget: dict[str, Any], said: str) -> None:
     assert above(Budget.model_validate(budget)) == said
+
+
+@pytest.mark.parametrize(("approved", "factor", "agrees"), [(True, 2.0, True), (True, 2.5, False), (False, 2.0, False)])
+def test_an_agreement_covers_no_more_than_was_asked(approved: bool, factor: float, agrees: bool) -> None:
+    settings = {"budget": {"queries": 5, "spending_factor": 2.0}}
+    known = RunRecord(run="r", name="n", root="x", config=settings, approved=approved)
+    assert agreed(known, Budget(queries=5, spending_factor=factor)) is agrees
+    assert not agreed(None, Budget(queries=5))
 
 
 @pytest.mark.long

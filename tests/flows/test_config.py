@@ -12,6 +12,7 @@ import yaml
 
 from flows.cli import UserError, read_config
 from tasks.config import RunConfig
+from tasks.config.methods import Divergence
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -44,6 +45,19 @@ def test_overrides_are_yaml_by_path(tmp_path: Path) -> None:
     path = changed(tmp_path, {})
     config = read_config(path, ["train.steps=7", "train.method={type: sft}", "prompts.sources.0.seed=9"])
     assert (config.train.steps, config.train.method.type, config.prompts.sources[0].seed) == (7, "sft", 9)
+
+
+def test_a_section_in_part_keeps_the_rest_of_its_own_default(tmp_path: Path) -> None:
+    data = tiny.settings(tmp_path)
+    data["warmup"], data["sampling"]["student"] = {"learning_rate": 1e-4}, {"max_tokens": 12}
+    data["mentor"] = {"model": FOLDER, "train": {"steps": 7}, "sampling": {"max_tokens": 12}}
+    data["train"]["method"] = {"type": "gkd", "divergence": {"beta": 0.1}, "annotated": "live"}
+    config = RunConfig.model_validate(data)
+    assert (config.warmup.method.type, config.warmup.steps, config.warmup.learning_rate) == ("sft", 40, 1e-4)
+    assert (config.sampling.student.temperature, config.sampling.student.samples) == (0.7, 5)
+    assert config.mentor is not None
+    assert (config.mentor.train.method.type, config.mentor.train.steps) == ("sft", 7)
+    assert config.train.method.divergence == Divergence(name="jsd", beta=0.1)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +113,30 @@ def test_a_mentor_finds_candidates_that_the_teacher_was_not_asked_about(tmp_path
         ),
         ({"signals.keep.calibrate": {}, "prompts.verifier": "none"}, "config", "prompts.verifier is none"),
         ({"signals.keep.calibrate": {}, "train.validation_share": 0.0}, "config", "raise train.validation_share"),
+        ({"signals.keep.calibrate": {}, "warmup.validation_share": 0.0}, "config", "raise warmup.validation_share"),
+        ({"signals.select": {"rule": "oracle"}, "prompts.verifier": "none"}, "config", "set signals"),
+        ({"engines.assistant.max_model_len": 248}, "config", "signals.confidence, 117 at most: raise it to 249"),
+        ({"signals.confidence": {"type": "verbalized", "max_tokens": 250}}, "config", "raise it to"),
+        (
+            {"mentor": {"model": FOLDER, "sampling": {"max_tokens": 12}}, "train.method": {"type": "skd"}},
+            "config",
+            "mentor: train.method skd",
+        ),
+        ({"signals.keep.stand_in": {}, "train.method": {"type": "opd"}}, "config", "leave signals.keep.stand_in out"),
+        ({"train.method": {"type": "opd"}, "train.rollouts_ahead": 4}, "train", "set 0"),
+        ({"train.method": {"type": "opd", "temperature": 0.5}}, "train.method.opd.temperature", "equal to 1"),
+        (
+            {"models.teacher": {"type": "openai", "model": "m", "base_url": "https://host/v1", "extra": {"n": 8}}},
+            "models.teacher",
+            "extra: n is set by the request itself",
+        ),
         ({"signals.keep.agreement": {}, "prompts.verifier": "none"}, "config", "prompts.verifier is none"),
-        ({"signals.keep.agreement": {"max_tokens": 100}}, "config", "engines.assistant.max_model_len 256"),
+        ({"signals.keep.agreement": {"max_tokens": 140}}, "config", "engines.assistant.max_model_len 256"),
         ({"signals.keep.stand_in": {}}, "config", "set train.method.annotated live"),
         ({"signals.keep.stand_in": {"margin": 0}}, "signals.keep.stand_in.margin", "greater than 0"),
         ({"auxiliary": {"template": "Key facts?"}}, "auxiliary", "stands in it 0 times: give it once"),
         ({"auxiliary": {"weight": 0}}, "auxiliary.weight", "greater than 0"),
-        ({"auxiliary": {"max_tokens": 60}}, "config", "engines.teacher.max_model_len 256"),
+        ({"auxiliary": {"max_tokens": 132}}, "config", "engines.teacher.max_model_len 256"),
         (
             {"auxiliary": {}, "train.method": {"type": "gkd", "on_policy_share": 1}},
             "config",

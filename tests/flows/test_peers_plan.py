@@ -59,8 +59,8 @@ def test_a_plan_names_every_teachers_stages_and_who_trains(planned: Callable[...
     assert "teachers: teacher, coder; who answers: everyone, peer review from 0.4 on" in plan.summary
     assert "switch: distributions are those of models.teacher, the first teacher" in plan.summary
     free = {"coder": {"input": 0, "output": 0}}
-    assert plan.teacher_money == "2.736 USD"
-    assert planned(lambda data: data["budget"].update(prices=free)).teacher_money == "1.368 USD"
+    assert plan.teacher_money == "1.872 USD"
+    assert planned(lambda data: data["budget"].update(prices=free)).teacher_money == "0.936 USD"
     rows = {stage.name: stage.rows for stage in planned(by_weight).stages}
     assert (rows["annotate"], rows["annotate-coder"]) == (3, 9)
 
@@ -172,4 +172,4 @@ def test_a_mentor_that_has_nothing_to_do_or_cannot_is_refused(mentored: Callable
     with pytest.raises(ValidationError, match="rolls out, a mentor learns from kept rows only"):
         RunConfig.model_validate(with_mentor(models, lambda data: data["mentor"].update(train=data["train"])))
     with pytest.raises(ValidationError, match=r"engines\.student\.max_model_len 256 is below"):
-        RunConfig.model_validate(with_mentor(models, lambda data: data["mentor"].update(sampling={"max_tokens": 100})))
+        RunConfig.model_validate(with_mentor(models, lambda data: data["mentor"].update(sampling={"max_tokens": 140})))

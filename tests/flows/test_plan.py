@@ -77,12 +77,14 @@ def test_calibrated_keeping_depends_on_which_prompts_are_validation(planned: Cal
     def keeping(calibrate: dict[str, Any] | None, share: float) -> list[str]:
         def change(data: dict[str, Any]) -> None:
             data["signals"]["keep"]["calibrate"] = calibrate
-            data["train"]["validation_share"] = share
+            data["train"]["validation_share"], data["warmup"]["validation_share"] = share, 0.15
 
         return [stage.fingerprint for stage in planned(change).stages if stage.name.endswith("keep")]
 
     assert keeping(None, 0.1) == keeping(None, 0.2)
     assert not set(keeping({}, 0.1)) & set(keeping({}, 0.2))
+    # The warm-up learns from more of them.
+    assert keeping({}, 0.2) == keeping({}, 0.3)
 
 
 def test_settings_that_are_not_set_name_nothing_anew(planned: Callable[..., Plan]) -> None:
@@ -113,7 +115,7 @@ def test_auxiliary_targets_are_charged_to_the_same_budget(planned: Callable[...,
     assert plan.problems == []
     assert [name for name in plan.names if name not in STAGES] == ["warmup-auxiliary", "auxiliary"]
     assert plan.teacher_queries == 24
-    assert plan.teacher_tokens == 12 * (192 + 12) + 12 * (192 + len(" Facts:") + 8)
+    assert plan.teacher_tokens == 12 * (120 + 12) + 12 * (120 + len(" Facts:") + 8)
     planner = Planner(config, "unused", "run", {})
     nothing: dict[str, Any] = {"models": {}, "sources": [], "warm": False, "after": None, "promoted": None}
     story(planner, nothing)
@@ -130,11 +132,11 @@ def test_auxiliary_targets_are_charged_to_the_same_budget(planned: Callable[...,
 
 def test_tokens_have_to_cover_a_prompt_with_its_auxiliary_target(planned: Callable[..., Plan]) -> None:
     def change(data: dict[str, Any]) -> None:
-        data["budget"]["tokens"] = 2 * 300
+        data["budget"]["tokens"] = 2 * 200
 
     assert planned(change).problems == []
     (problem,) = planned(lambda data: [change(data), data.update(auxiliary=BESIDE)]).problems
-    assert "do not cover one prompt, which may take 411 tokens" in problem
+    assert "do not cover one prompt of teacher, which may take 267 tokens" in problem
 
 
 @pytest.mark.parametrize(
@@ -153,15 +155,15 @@ def test_tokens_have_to_cover_a_prompt_with_its_auxiliary_target(planned: Callab
         (lambda d: d["prompts"].update(verifier="no_module:check"), "prompts.verifier"),
         (lambda d: d.update(budget={"queries": 500}, signals={}), "budget.queries: 500"),
         (
-            lambda d: d["budget"].update(tokens=300),
-            "budget.tokens: 50% of 300 do not cover one prompt, which may take 204",
+            lambda d: d["budget"].update(tokens=200),
+            "budget.tokens: 50% of 200 do not cover one prompt of teacher, which may take 132",
         ),
         (
             lambda d: d["budget"].update(money=0.01, price={"input": 0.1, "output": 0.1}),
             "budget.money: 50% of 0.01 do not cover one prompt",
         ),
         (lambda d: d["train"].update(max_length=100), "train.max_length: 100"),
-        (lambda d: d["evaluate"].update(max_tokens=100), "evaluate.max_tokens: 100"),
+        (lambda d: d["evaluate"].update(max_tokens=140), "evaluate.max_tokens: 140"),
         (lambda d: d.update(resources={"train_workers": 999}), "resources.train_workers: 999"),
         (lambda d: d.update(resources={"ray_address": "http://head:8265"}), "s3://bucket/prefix"),
         (lambda d: d["engines"]["student"].update(kv_cache_gib=9000), "resources"),

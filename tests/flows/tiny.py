@@ -60,7 +60,7 @@ def settings(folder: Path) -> dict[str, Any]:
         "prompts": {
             "sources": [{"type": "reasoning_gym", "seed": 5, "tasks": tasks}],
             "heldout": 6,
-            "max_prompt_tokens": 192,
+            "max_prompt_tokens": 120,
             "near_duplicates": {"enabled": False},
         },
         "budget": {"queries": 24, "warmup_share": 0.5, "price": {"input": 0.5, "output": 1.5}},

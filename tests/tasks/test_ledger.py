@@ -88,6 +88,8 @@ def test_a_bill_above_the_worst_case_is_refused() -> None:
     assert asked is not None
     with pytest.raises(ValueError, match="template_tokens"):
         book.settle(asked, {0: Amount(1, 11, 20)})
+    # It was billed all the same.
+    assert (book.charged.tokens, book.spent.tokens, book.under_way) == (31, 31, False)
 
 
 def test_spare_tries_are_reserved_only_where_spending_covers_them() -> None:

@@ -59,6 +59,13 @@ def test_of_several_annotations_of_a_prompt_one_is_chosen(rule: str, kept: list[
     assert [row["reason"] for row in scores] == reasons
 
 
+def test_of_answers_that_are_equally_frequent_the_ta_decides() -> None:
+    answers = ["7", "8", None, None]
+    scores = [{"prompt_id": "a", "final_answer": answer, "kept": True, "reason": "kept"} for answer in answers]
+    choose(Keep(answers="majority"), scores, [0.3, 0.2, 0.1, 0.6])
+    assert [row["kept"] for row in scores] == [True, False, False, False]
+
+
 SAID = [
     "Paris is the capital of France.",
     "The capital of France is Paris",
