@@ -13,6 +13,7 @@ from infra.parts import read_rows
 from infra.store import LocalStore
 from kernels.calibration import isotonic
 from tasks import agreement, schemas
+from tasks.batches import chance
 from tasks.config.signals import Agreement, Keep
 from tasks.keep import CONFIDENCE, KeepSettings, run
 from tasks.keeping import threshold
@@ -39,7 +40,7 @@ FREE: dict[str, tuple[list[tuple[str, float]], list[str], float | None, str | No
 }
 
 
-def keep(root: Path, cases: dict[str, Any] = CASES, **rule: Any) -> Stage[KeepSettings]:
+def keep(root: Path, cases: dict[str, Any] = CASES, more: Any = None, **rule: Any) -> Stage[KeepSettings]:
     """The stage's result; what engines are asked for is there already."""
     store = LocalStore(root)
     prompts, samples, signals, own, confidence, answers = [], [], [], [], [], []
@@ -71,7 +72,9 @@ def keep(root: Path, cases: dict[str, Any] = CASES, **rule: Any) -> Stage[KeepSe
         if table:
             stage.write_table(table, pa.Table.from_pylist(rows, schema))
         inputs[name] = commit_manifest(store, stage.manifest).path
-    values = {"table": "selected", "shard_size": 1000, "keep": {"rule": "absolute", "threshold": 0.25, **rule}}
+    values = {"table": "selected", "shard_size": 1000, "keep": {"rule": "absolute", "threshold": 0.25, **rule}} | (
+        more or {}
+    )
     spec = StageSpec(stage="keep", module="tasks.keep", settings=values, inputs=inputs, root=store.uri)
     found = Stage(spec, KeepSettings.model_validate(values))
     found.commit("confidence", 0, pa.Table.from_pylist(confidence, CONFIDENCE))
@@ -137,6 +140,21 @@ def test_a_stand_in_is_clearly_better_than_the_best_annotation_and_carries_its_o
     assert weights["two-own0"] == pytest.approx(0.65)
     assert weights["same-0"] == pytest.approx(0.2)
     assert "two-own0" not in reasons(keep(tmp_path / "more", stand_in={"margin": 0.06}))
+
+
+def test_what_calibrates_is_not_trained_on_though_all_of_a_mentors_rows_are(tmp_path: Path) -> None:
+    names = ["agreed", "doubted", "nothing", "same", "unknown", "two"]
+    chosen = {name for name in names if chance(0, "validation", name) < 0.5}
+    assert 0 < len(chosen) < len(names)
+    calibrate = {"rule": "all", "calibrate": {"least": 2}}
+    for charges in (True, False):
+        found = keep(tmp_path / str(charges), more={"validation_share": 0.5, "charges": charges}, **calibrate)
+        rows = read_rows(found.store, found.manifest, "scores").to_pylist()
+        assert {row["prompt_id"] for row in rows if row["calibrates"]} == chosen
+        # Training leaves the teacher's rows of these prompts out by itself.
+        dropped = set() if charges else chosen
+        assert {row["prompt_id"] for row in rows if row["reason"] == "calibrates"} == dropped
+        assert not {row["prompt_id"] for row in kept(found).values()} & dropped
 
 
 def test_free_texts_that_say_the_same_are_one_answer_of_a_majority_and_no_reason_to_stand_in(tmp_path: Path) -> None:
