@@ -89,7 +89,7 @@ def complete(name: str, data: dict[str, Any], root: str, shared: dict[str, Any])
         "conditions": before,
         "seconds": round(time.monotonic() - began, 1),
         "stages": {stage.name: None if stage.reused else round(stage.seconds, 1) for stage in record.stages},
-        "steps": sum(manifests[name].facts["steps"] for name in ("warmup-train", "train")),
+        "steps": sum(manifests[name].facts["steps"] for name in ("warmup-train", "train") if name in manifests),
         "queries": teacher_queries(manifests),
         "teacher_tokens": value.teacher_tokens(manifests),
     }, manifests
@@ -108,9 +108,8 @@ def figures(store: Store, manifests: Manifests) -> dict[str, Any]:
     evaluated = pa.concat_tables(parts)
     # Of the whole run: the mean teacher answer says how long a task's answers are.
     lengths = evaluated.filter(pa.compute.equal(evaluated["label"], "teacher")).group_by("source")
-    scores = pa.concat_tables(
-        [read_rows(store, manifests[name], "scores", ["kept", "correct"]) for name in ("warmup-keep", "keep")]
-    )
+    keeps = [manifests[name] for name in ("warmup-keep", "keep") if name in manifests]
+    scores = pa.concat_tables([read_rows(store, keep, "scores", ["kept", "correct"]) for keep in keeps])
     train = manifests["train"].facts
     return {
         "correct": {label: marks(evaluated, label) for label in LABELS},

@@ -193,11 +193,17 @@ def summary(found: Found) -> dict[str, Any]:
         "start": start(found),
         "by_signals": by_signals(found, BUDGET),
         "other_budgets": {budget: by_signals(found, budget) for budget in BUDGETS if budget != BUDGET},
-        "two_stages_against_one": {
-            f"{budget} queries": compared(
-                found, Arm(budget=budget), Arm(signals="one-stage", budget=budget), difference
+        "two_stages": {
+            f"{name}, {budget} queries": compared(
+                found, Arm(budget=budget), Arm(signals=name, budget=budget), difference
             )
+            for name in ("one-stage", "small-warmup")
             for budget in BUDGETS
+        },
+        "signals_by_method": {
+            name: result
+            for name in METHODS
+            if (result := compared(found, Arm(method=name), Arm(method=name, signals="none"), relative))
         },
         "against_fine_tuning": compared(found, Arm(), Arm(method="sft", signals="none"), relative),
         "at_equal_tokens": {

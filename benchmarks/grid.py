@@ -19,7 +19,9 @@ METHOD = "switch"
 WARMUP_STEPS, STEPS, BATCH, LEARNING_RATE = 10, 60, 64, 2e-3
 
 METHODS = ("switch", "sft", "gkd", "kd", "distillm", "minillm", "imitkd", "skd", "opd", "seqkd")
-SIGNALS = ("all", "none", "consistency", "ta_student", "ta_teacher", "one-stage")
+SIGNALS = ("all", "none", "consistency", "ta_student", "ta_teacher", "one-stage", "small-warmup")
+# Of the queries, where others have a fifth.
+SMALL_WARMUP = 0.05
 # All signals, and the student's answer in the teacher's place where the TA trusts it clearly more.
 STAND_IN = "stand-in"
 # Threshold strategies and decays of SWITCH, as in the paper's tables.
@@ -36,8 +38,6 @@ GATES: dict[str, dict[str, Any]] = {
 }
 # What the paper reports of its own pairs: share of tokens that the teacher wrote.
 PUBLISHED_TEACHER_SHARE = {"decay-1/5": 0.78, "decay-1/10": 0.53, "decay-1/15": 0.19, "decay-1/25": 0.07}
-# A run has two stages by its settings; with so small a first one it has one in all but name.
-ONE_STAGE_SHARE = 0.05
 CANDIDATES = 1200
 LONGEST = 72
 # Of what was taught the part in which the teacher is right about 7 to 9 times in 10.
@@ -67,7 +67,10 @@ class Arm:
         """Settings by path that make the arm: one for each thing in which it differs from the others."""
         found: dict[str, Any] = {"budget.queries": self.budget, "train.method": method(self.method)}
         if self.signals == "one-stage":
-            found["budget.warmup_share"] = ONE_STAGE_SHARE
+            # As many steps as both stages have.
+            found |= {"budget.warmup_share": 0, "train.steps": WARMUP_STEPS + STEPS}
+        elif self.signals == "small-warmup":
+            found["budget.warmup_share"] = SMALL_WARMUP
         elif self.signals == STAND_IN:
             found["signals.keep.stand_in"] = {}
         else:
@@ -102,7 +105,7 @@ def core() -> list[Arm]:
         Arm(signals="none"),
         Arm(method="sft", signals="none"),
         *(Arm(method=name) for name in METHODS[1:6]),
-        *(Arm(signals=name) for name in SIGNALS[2:]),
+        *(Arm(signals=name) for name in SIGNALS[2:6]),
     ]
 
 
@@ -113,6 +116,7 @@ def grid() -> list[Cell]:
         *(Arm(method=name) for name in METHODS[6:]),
         # SWITCH's closest rival, where runs stand by default.
         Arm(method="gkd", signals="none"),
+        Arm(signals="small-warmup"),
         Arm(signals=STAND_IN),
         *(Arm(gate=name) for name in GATES),
         *(Arm(signals=name, budget=budget) for budget in BUDGETS if budget != BUDGET for name in SIGNALS),
@@ -124,7 +128,7 @@ def grid() -> list[Cell]:
 def settings(cell: Cell, house: Path) -> dict[str, Any]:
     """The run's settings."""
     models = {role: {"type": "huggingface", "id": str(house / role)} for role in ("teacher", "assistant", "student")}
-    engine = {"max_model_len": 256, "kv_cache_gib": 0.25, "max_num_seqs": 256}
+    engine = {"max_model_len": 384, "kv_cache_gib": 0.25, "max_num_seqs": 256}
     # Both stages of all arms take equally many steps of equally many sequences.
     shared = {
         "batch_size": BATCH,

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.gains import Found
-from benchmarks.grid import BATCH, BUDGET, METHOD, ONE_STAGE_SHARE, SIGNALS, STEPS, WARMUP_STEPS, Arm, grid
+from benchmarks.grid import BATCH, BUDGET, METHOD, SIGNALS, SMALL_WARMUP, STEPS, WARMUP_STEPS, Arm, grid
 from benchmarks.real_text import FIRST, SIZES
 from tasks.canvas import COLORS, STYLE
 
@@ -179,12 +179,15 @@ def text(found: Found, summary: dict[str, Any], on_real_text: list[dict[str, Any
         "\n".join(f"- {line}" for line in verdicts(summary)) or "Nothing can be said yet.",
         "## All arms",
         arms(summary),
+        "Teacher tokens are those read and written for annotations, and the positions of rollouts that the teacher was "
+        "asked about. What it read of annotated rows in training is not counted: all that `kd` asks of it, and a part "
+        "of what each method asks that mixes annotated rows in.",
         "![Accuracy by arm](results-arms.png)",
         "## Signals",
         f"Relative gain over no signals (queries at random, every annotation kept), `{METHOD}`, %. `one-stage` has "
-        f"all signals and its warm-up on {100 * ONE_STAGE_SHARE:.0f} % of the queries, where others have 20 %, with as "
-        "many steps; `stand-in` has all, and the student's answer in the teacher's place where the TA trusts it "
-        "clearly more:",
+        "all signals, read of the student as it comes, and no warm-up, but as many steps in all; `small-warmup` has "
+        f"its warm-up on {100 * SMALL_WARMUP:.0f} % of the queries, where others have 20 %; `stand-in` has all, and "
+        "the student's answer in the teacher's place where the TA trusts it clearly more:",
         "![Accuracy by queries](results-budgets.png)",
         comparisons(summary["by_signals"] | {"all, against plain fine-tuning": summary["against_fine_tuning"]}, "gain"),
         *[
@@ -193,8 +196,11 @@ def text(found: Found, summary: dict[str, Any], on_real_text: list[dict[str, Any
             if any(found_there.values())
             for part in (f"With {budget} queries:", comparisons(found_there, "gain"))
         ],
-        "All signals with two stages minus one stage, points:",
-        comparisons(summary["two_stages_against_one"], "difference"),
+        "All signals with two stages, the first on 20 % of the queries, minus all signals with one stage, or with a "
+        "small first one, points:",
+        comparisons(summary["two_stages"], "difference"),
+        "All signals against none by method, relative, %:",
+        comparisons(summary["signals_by_method"], "gain"),
         "Signals choose prompts whose answers are longer or shorter than others. At equal teacher tokens, by the line "
         "between those two budgets of no signals whose tokens lie on either side, or by the one that is within a "
         "hundredth of them:",
@@ -253,8 +259,8 @@ def dots(ax: Axes, summary: dict[str, Any]) -> None:
 
 def lines(ax: Axes, summary: dict[str, Any]) -> None:
     """Accuracy by queries, a line for each choice of signals; bars are intervals."""
-    colors = [COLORS[name] for name in ("final", "base", "warmup", "wrong", "teacher", "muted")]
-    for name, marker, aside, color in zip(SIGNALS, "os^vD*", (-5, 5, -15, 15, -10, 10), colors, strict=True):
+    colors = [COLORS[name] for name in ("final", "base", "warmup", "wrong", "teacher", "muted", "second")]
+    for name, marker, aside, color in zip(SIGNALS, "os^vD*P", (-5, 5, -15, 15, -10, 10, 0), colors, strict=True):
         rows = [row for row in summary["arms"] if row["arm"] == Arm(signals=name, budget=row["arm"].budget)]
         rows.sort(key=lambda row: row["arm"].budget)
         heights, places = [100 * row["accuracy"] for row in rows], [row["arm"].budget + aside for row in rows]

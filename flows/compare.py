@@ -28,7 +28,7 @@ def comparison(store: Store, record: RunRecord) -> dict[str, Any]:
         "run": record.run,
         "state": record.state,
         "method": config["train"]["method"]["type"],
-        "steps": config["warmup"]["steps"] + config["train"]["steps"],
+        "steps": (config["warmup"]["steps"] if budget.warmup_share else 0) + config["train"]["steps"],
         "queries": teacher_queries(manifests),
         "teacher_tokens": value.teacher_tokens(manifests),
         "money": value.money(manifests, budget),

@@ -82,7 +82,7 @@ def allowance(config: RunConfig, cycles: Cycles, month: str) -> int:
         charged = cycles.charged(month)
         queries = min(queries, limit - charged)
         left = config.model_copy(update={"budget": config.budget.model_copy(update={"queries": queries})})
-        if min(left.warmup_prompts, left.selected_prompts) < 1:
+        if left.leaves_a_stage_none:
             raise NothingToDo(f"no teacher queries left: {charged:,} of {limit:,} of {month} are used")
     return queries
 

@@ -43,7 +43,7 @@ def compare(runner: Runner, start: Start) -> dict[str, Any]:
             {
                 "role": role,
                 "engine": role,
-                "table": "warmup",
+                "table": "candidates",
                 "limit": sequences,
                 "sampling": plain["sampling"][role] | {"samples": 1},
                 "logprobs": True,

@@ -89,28 +89,37 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     # Prepare: models that load anywhere; prompts that are whole, new and apart from the held-out ones.
     models, prompts = prepare(pipeline, found)
 
-    # Warm up: a small share of the budget on random prompts makes a student whose signals mean something.
+    # Warm up: a small share of the budget on random prompts makes a student whose signals mean something. In a run of
+    # one stage it stays as it comes.
     share, at_warmup = budget.warmup_share, {"table": "warmup", **shared}
-    warmup_samples = annotate(pipeline, "warmup-annotate", (0.0, share), {}, at_warmup, models, prompts)
-    warmup_answers = together(pipeline, "warmup-review", warmup_samples, at_warmup, models, prompts)
-    warmup_kept = keep("warmup-keep", "warmup", prompts, warmup_answers, {})
-    targets = auxiliary(pipeline, "warmup-auxiliary", share, last(warmup_samples), at_warmup, models, prompts)
-    warmup = stage(
-        "warmup-train",
-        "tasks.train",
-        {
-            "train": plain["warmup"],
-            "seed": config.seed,
-            "student_input": "promoted" if warm else "models",
-            "rows": ["warmup-keep"],
-            "stage_name": "warmup",
-            **({"auxiliary": list(targets)} if targets else {}),
-        },
-        models=models,
-        warmup_keep=warmup_kept,
-        **warm,
-        **targets,
-    )
+    warmup_samples: dict[str, str] = {}
+    warmup_review: dict[str, str] = {}
+    warmup_kept: dict[str, str] = {}
+    targets: dict[str, str] = {}
+    student, weights = warm, "promoted" if warm else None
+    if config.warms_up:
+        warmup_samples = annotate(pipeline, "warmup-annotate", (0.0, share), {}, at_warmup, models, prompts)
+        warmup_answers = together(pipeline, "warmup-review", warmup_samples, at_warmup, models, prompts)
+        warmup_review = {"warmup_review": warmup_answers} if config.peers else {}
+        warmup_kept = {"warmup_keep": keep("warmup-keep", "warmup", prompts, warmup_answers, {})}
+        targets = auxiliary(pipeline, "warmup-auxiliary", share, last(warmup_samples), at_warmup, models, prompts)
+        warmup = stage(
+            "warmup-train",
+            "tasks.train",
+            {
+                "train": plain["warmup"],
+                "seed": config.seed,
+                "student_input": weights or "models",
+                "rows": ["warmup-keep"],
+                "stage_name": "warmup",
+                **({"auxiliary": list(targets)} if targets else {}),
+            },
+            models=models,
+            **warmup_kept,
+            **student,
+            **targets,
+        )
+        student, weights = {"warmup_train": warmup}, "warmup-train"
 
     # Signals: where the student contradicts itself, and where the TA doubts it, the teacher is worth asking.
     student_samples = stage(
@@ -119,7 +128,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         {
             "role": "student",
             "engine": "student",
-            "weights": "warmup-train",
+            "weights": weights,
             "table": "candidates",
             "sampling": plain["sampling"]["student"],
             "logprobs": compares,
@@ -128,7 +137,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         },
         models=models,
         prompts=prompts,
-        warmup_train=warmup,
+        **student,
     )
     selected = stage(
         "select",
@@ -156,11 +165,13 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     # Mentor: a model between both learns what was kept, and annotates prompts that the teacher was not asked about.
     mentored = {}
     if config.mentor:
-        rows = {"warmup_keep": warmup_kept, "keep": kept}
+        rows = {**warmup_kept, "keep": kept}
         mentored = mentor(pipeline, rows, shared, models=models, prompts=prompts, select=selected)
         mentored["mentor_keep"] = keep(
             "mentor-keep", "candidates", prompts, mentored["mentor_annotate"], {}, charged=False
         )
+
+    learnt = ["warmup-keep", "keep"] if config.warms_up else ["keep"]
 
     # Replay: rows that earlier runs kept, so that the student does not forget them.
     replayed = {}
@@ -171,10 +182,10 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             "draw": found["after"]["number"],
             "seed": config.seed,
             "earlier": list(earlier),
-            "rows": ["warmup-keep", "keep"],
+            "rows": learnt,
             "stored": plain["train"]["method"].get("annotated") == "stored",
         }
-        inputs = {"models": models, "warmup_keep": warmup_kept, "keep": kept, **earlier}
+        inputs = {"models": models, **warmup_kept, "keep": kept, **earlier}
         replayed = {"replay": stage("replay", "tasks.replay", settings, **inputs)}
 
     # Train: SWITCH on the student's own sequences, mixed with everything kept.
@@ -184,17 +195,17 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         {
             "train": plain["train"],
             "seed": config.seed,
-            "student_input": "warmup-train",
+            "student_input": weights or "models",
             "samples": {"teacher": "annotate", "student": "student-sample"} if compares else {},
-            "rows": ["warmup-keep", "keep", *replayed],
+            "rows": [*learnt, *replayed],
             "stage_name": "train",
             "online_teacher_tokens": budget.online_teacher_tokens,
             **({"soft_rows": "mentor-keep", "soft_share": config.mentor.soft_share} if config.mentor else {}),
             **({"auxiliary": list(targets)} if targets else {}),
         },
         models=models,
-        warmup_train=warmup,
-        warmup_keep=warmup_kept,
+        **student,
+        **warmup_kept,
         keep=kept,
         **replayed,
         **targets,
@@ -205,10 +216,8 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     # Evaluate: base and teacher once and for all; warmed-up and final student with every change. The promoted student
     # too, on the same rows: a new one has to beat it. An endpoint is asked for annotations only: nothing but the
     # budget's ledger lets requests out.
-    entries = [
-        {"label": "warmup", "engine": "student", "weights": "warmup-train"},
-        {"label": "final", "engine": "student", "weights": "train"},
-    ]
+    entries = [{"label": "warmup", "engine": "student", "weights": "warmup-train"}] if config.warms_up else []
+    entries.append({"label": "final", "engine": "student", "weights": "train"})
     base = {"label": "base", "engine": "student", **({"weights": "promoted"} if warm else {})}
     if rival and not warm:
         entries.append({"label": "promoted", "engine": "student", "weights": "promoted"})
@@ -232,7 +241,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         models=models,
         prompts=prompts,
         evaluate_before=before,
-        warmup_train=warmup,
+        **({"warmup_train": warmup} if config.warms_up else {}),
         train=final,
         **({"promoted": rival.manifest} if rival and not warm else {}),
     )
@@ -253,8 +262,8 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         models=models,
         prompts=prompts,
         **warmup_samples,
-        warmup_keep=warmup_kept,
-        warmup_train=warmup,
+        **warmup_kept,
+        **({"warmup_train": warmup} if config.warms_up else {}),
         student_sample=student_samples,
         select=selected,
         **samples,
@@ -263,7 +272,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         evaluate_before=before,
         evaluate_after=after,
         **replayed,
-        **({"warmup_review": warmup_answers, "review": answers} if config.peers else {}),
+        **({**warmup_review, "review": answers} if config.peers else {}),
         **mentored,
         **targets,
     )

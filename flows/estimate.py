@@ -147,9 +147,10 @@ def estimate(config: RunConfig) -> Estimate:
     warmup, rest = config.warmup_prompts, config.selected_prompts
     asked, heldout = candidates(config), config.prompts.heldout
     written, own = config.sampling.teacher, config.sampling.student
-    annotate("warmup-annotate", warmup)
-    score("warmup-keep", warmup, config.answers_per_prompt)
-    fit("warmup-train", config.warmup)
+    if config.warms_up:
+        annotate("warmup-annotate", warmup)
+        score("warmup-keep", warmup, config.answers_per_prompt)
+        fit("warmup-train", config.warmup)
     sample("student-sample", asked, own.samples, own.max_tokens, student)
     sample("select", asked, 1, longest, assistant)
     annotate("annotate", rest)
@@ -162,7 +163,8 @@ def estimate(config: RunConfig) -> Estimate:
         score("mentor-keep", further * wrote.samples, 1)
     fit("train", config.train)
     if further_asked := config.auxiliary:
-        ask("warmup-auxiliary", FIRST, warmup, 1, further_asked.max_tokens)
+        if config.warms_up:
+            ask("warmup-auxiliary", FIRST, warmup, 1, further_asked.max_tokens)
         ask("auxiliary", FIRST, rest, 1, further_asked.max_tokens)
     seeds, length = len(config.evaluate.seeds), config.evaluate.max_tokens
     sample("evaluate-before", heldout, seeds, length, teacher + student)

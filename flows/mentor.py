@@ -19,7 +19,7 @@ def mentor(
             "train": plain["train"],
             "seed": config.seed,
             "student": "mentor",
-            "rows": ["warmup-keep", "keep"],
+            "rows": [name.replace("_", "-") for name in rows],
             "stage_name": "mentor",
         },
         models=models,

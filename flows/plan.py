@@ -90,7 +90,7 @@ class Plan:
 
 def notes(config: RunConfig) -> list[str]:
     """What signals do not decide, what several teachers do, and a mentor: a line each."""
-    found = []
+    found = [] if config.warms_up else ["one stage: no warm-up, signals are those of the student as it comes"]
     silent = {"select": "prompts are drawn at random", "keep": "every whole annotation is kept"}
     chosen = {"select": config.signals.select.rule != "random", "keep": config.signals.keep.rule != "all"}
     if said := ", ".join(text for part, text in silent.items() if not chosen[part]):
@@ -104,7 +104,8 @@ def notes(config: RunConfig) -> list[str]:
         review = f", peer review from {peers.review.threshold:g} on" if peers.review else ""
         routing = peers.routing.type.replace("_", " ")
         found.append(f"teachers: {', '.join(config.teachers)}; who answers: {routing}{review}")
-        learn = [method.type for method in (config.warmup.method, config.train.method) if method.compares]
+        methods = (training.method for training in config.trainings.values())
+        learn = [method.type for method in methods if method.compares]
         if learn:
             found.append(
                 f"{' and '.join(dict.fromkeys(learn))}: distributions are those of models.teacher, the first teacher, "

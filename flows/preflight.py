@@ -160,7 +160,7 @@ def affordable(config: RunConfig) -> list[str]:
     found = []
     for teacher, (before, after) in zip(config.teachers, parts, strict=True):
         # One that is given nothing covers nothing; one that is given something covers one prompt.
-        share = min(budget.warmup_share, 1 - budget.warmup_share) * (after - before or after)
+        share = min(budget.warmup_share or 1, 1 - budget.warmup_share) * (after - before or after)
         for unit in ("tokens", "money") if share else ():
             other, price = "money" if unit == "tokens" else "tokens", budget.price_of(teacher)
             caps = caps_of(budget.model_copy(update={other: None, "price": price}))

@@ -51,7 +51,7 @@ class CycleRunner(Runner):
             self.config.name,
             self.start.cycle.number,
             state="done",
-            kept=[manifests[name].path for name in ("warmup-keep", "keep")],
+            kept=[manifests[name].path for name in ("warmup-keep", "keep") if name in manifests],
             queries=teacher_queries(manifests) or 0,
         )
 

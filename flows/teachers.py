@@ -63,6 +63,5 @@ def together(
 
 
 def last(stages: dict[str, str]) -> dict[str, str]:
-    """Of the stages that were charged to the budget the last one."""
-    name = next(reversed(stages))
-    return {name: stages[name]}
+    """Of the stages that were charged to the budget the last one; none of none."""
+    return dict(list(stages.items())[-1:])

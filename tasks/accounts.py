@@ -16,7 +16,7 @@ STAGES = {
     "warmup-keep": "TA scores the warm-up's annotations",
     "warmup-auxiliary": "Teacher writes the warm-up's auxiliary targets",
     "warmup-train": "Stage 1: warm-up training",
-    "student-sample": "Warmed-up student answers candidates",
+    "student-sample": "Student answers candidates",
     "select": "TA scores the student, queries are chosen",
     "annotate": "Teacher annotates what was chosen",
     "review": "Teachers review each other's annotations",

@@ -155,7 +155,9 @@ def rows(config: RunConfig, manifests: Manifests, fingerprint: str) -> list[tupl
     queries = teacher_queries(manifests)
     if queries is not None:
         found.append(("Teacher queries", f"{queries:,} of {config.budget.queries:,}"))
-    found += [("Stage 1", training(config.warmup)), ("Stage 2", training(config.train))]
+    if config.warms_up:
+        found.append(("Stage 1", training(config.warmup)))
+    found.append(("Stage 2", training(config.train)))
     if config.mentor:
         found.append(("Mentor's training", training(config.mentor.train)))
     return [*found, ("Seed", str(config.seed)), ("Run and report", f"{config.name}, {fingerprint}")]

@@ -54,7 +54,7 @@ def draw(
         )
     needed = max(warmup, queries)
     if least and needed > left:
-        warmup = max(1, left * warmup // needed)
+        warmup = max(min(warmup, 1), left * warmup // needed)
     elif needed > left:
         raise ValueError(
             f"budget.queries: {needed:,} queries need as many prompts, but {left:,} are there: lower budget.queries to "

@@ -19,12 +19,9 @@ METRICS = ("loss", "rouge_l", "accuracy")
 LABELS = ("base", "warmup", "final", "teacher")
 # Measured too where a student is promoted and training did not start from it.
 PROMOTED = "promoted"
-DIFFERENCES = {
-    "final-base": ("final", "base"),
-    "final-warmup": ("final", "warmup"),
-    "final-teacher": ("final", "teacher"),
-}
-AGAINST_PROMOTED = {"final-promoted": ("final", PROMOTED)}
+# Labels that stand only where there is something: a run may have no warm-up.
+OPTIONAL = ("warmup", PROMOTED)
+DIFFERENCES = {f"final-{other}": ("final", other) for other in ("base", "warmup", "teacher", PROMOTED)}
 EVALUATION_COLUMNS = ["label", "prompt_id", "source", "sample_index", "correct", "rouge_l", "tokens", "finish_reason"]
 LOSS_COLUMNS = ["label", "prompt_id", "source", "loss", "tokens"]
 # Sources reported one by one: the largest; a data set with thousands of them would hide the others.
@@ -122,8 +119,9 @@ def summarise(grids: Grids, evaluate: EvaluateConfig, seed: int) -> Results:
         metrics[label] = measured(
             {m: mean_interval(grids.values[label, m], weights=weights(label, m), **options) for m in METRICS}
         )
-    pairs = DIFFERENCES | (AGAINST_PROMOTED if PROMOTED in grids.labels else {})
-    for name, (new, old) in pairs.items():
+    for name, (new, old) in DIFFERENCES.items():
+        if old not in grids.labels:
+            continue
         differences[name] = measured(
             {
                 m: difference_interval(grids.values[new, m], grids.values[old, m], weights=weights(new, m), **options)
@@ -158,7 +156,9 @@ def to_grids(evaluations: pa.Table, losses: pa.Table) -> Grids:
     width = 1 + int(column.max(initial=0))
 
     values, tokens = {}, {}
-    for label in (*LABELS, PROMOTED) if PROMOTED in labels else LABELS:
+    for label in (*LABELS, PROMOTED):
+        if label in OPTIONAL and label not in labels:
+            continue
         at = labels == label
         for metric, mark in marks.items():
             values[label, metric] = _filled((len(problems), width), (row[at], column[at]), mark[at])

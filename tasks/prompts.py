@@ -64,7 +64,7 @@ class PromptsSettings(Config):
     """Contents of the sources (``tasks.sources.identity``): they enter the fingerprint, nothing else."""
     seed: int = 0
     """Seed of the draws."""
-    warmup: int = Field(ge=1)
+    warmup: int = Field(ge=0)
     """Prompts drawn for the warm-up: its share of budget.queries."""
     queries: int = Field(default=1, ge=1)
     """Teacher queries in all: there must be as many prompts."""

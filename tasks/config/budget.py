@@ -41,8 +41,9 @@ class Budget(Config):
 
     queries: int = Field(ge=2)
     """Annotation queries in all; each is charged once, kept or not."""
-    warmup_share: float = Field(default=0.2, gt=0, lt=1)
-    """Share spent on random prompts before the signals exist, of queries, tokens and money."""
+    warmup_share: float = Field(default=0.2, ge=0, lt=1)
+    """Share spent on random prompts before the signals exist, of queries, tokens and money. 0: one stage, whose signals
+    are those of the student as it comes."""
     tokens: int | None = Field(default=None, ge=1)
     """Tokens of these queries, prompts and responses; no cap where absent. Prompts that it does not reach stay unasked,
     as ``budget_exhausted``."""

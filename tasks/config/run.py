@@ -153,10 +153,21 @@ class RunConfig(Config):
         return min(training.validation_share for training in self.trainings.values())
 
     @property
+    def warms_up(self) -> bool:
+        """Whether there is a stage 1."""
+        return self.budget.warmup_share > 0
+
+    @property
     def trainings(self) -> dict[str, TrainConfig]:
         """Every training by the place of its settings, the student's last one behind."""
+        warmup = {"warmup": self.warmup} if self.warms_up else {}
         mentor = {"mentor.train": self.mentor.train} if self.mentor else {}
-        return {"warmup": self.warmup, **mentor, "train": self.train}
+        return {**warmup, **mentor, "train": self.train}
+
+    @property
+    def leaves_a_stage_none(self) -> bool:
+        """Whether a stage has no prompt to ask the teachers about."""
+        return self.selected_prompts < 1 or (self.warms_up and self.warmup_prompts < 1)
 
     @property
     def answers_per_prompt(self) -> int:
@@ -190,7 +201,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
-        if min(self.warmup_prompts, self.selected_prompts) < 1:
+        if self.leaves_a_stage_none:
             raise ValueError(
                 f"budget.warmup_share {self.budget.warmup_share} of {self.budget.queries} queries leaves a stage none:"
                 " raise budget.queries"

@@ -44,7 +44,8 @@ def test_the_core_comes_first_and_begins_with_pairs() -> None:
     ("arm", "paths"),
     [
         (Arm(signals="none"), {"signals.use"}),
-        (Arm(signals="one-stage"), {"budget.warmup_share", "signals.use"}),
+        (Arm(signals="one-stage"), {"budget.warmup_share", "train.steps", "signals.use"}),
+        (Arm(signals="small-warmup"), {"budget.warmup_share", "signals.use"}),
         (Arm(signals=STAND_IN), {"signals.keep.stand_in", "signals.use"}),
         (Arm(budget=BUDGETS[0]), {"budget.queries"}),
         (Arm(gate="constant-0.2"), {"train.method.gate"}),
