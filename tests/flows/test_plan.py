@@ -102,6 +102,29 @@ def test_settings_that_are_not_set_name_nothing_anew(planned: Callable[..., Plan
     assert keeping(agreement={"max_tokens": 8})["warmup-keep"] != plain["warmup-keep"]
 
 
+def test_a_run_of_one_stage_has_no_warmup(planned: Callable[..., Plan], models: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["budget"]["warmup_share"] = 0
+        data["signals"]["candidates"] = 40
+        # Not looked at.
+        data["warmup"]["max_length"] = 16
+
+    plan = planned(change)
+    assert plan.problems == []
+    assert plan.names == [name for name in STAGES if not name.startswith("warmup-")]
+    assert plan.teacher_queries == 24
+    assert "one stage: no warm-up" in plan.summary
+    data = tiny.settings(models)
+    change(data)
+    planner = Planner(RunConfig.model_validate(data), "unused", "run", {})
+    story(planner, {"models": {}, "sources": [], "warm": False, "after": None, "promoted": None})
+    specs = {spec.stage: spec for spec in planner.specs}
+    assert (specs["student-sample"].settings["weights"], specs["train"].settings["student_input"]) == (None, "models")
+    assert specs["train"].settings["rows"] == ["keep"]
+    assert [entry["label"] for entry in specs["evaluate-after"].settings["entries"]] == ["final"]
+    assert specs["annotate"].settings["caps"]["queries"] == 24
+
+
 BESIDE = {"template": "{question} Facts:", "max_tokens": 8}
 
 

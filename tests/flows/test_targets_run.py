@@ -1,4 +1,4 @@
-"""A whole run whose annotations have to agree with the TA, with stand-ins by the student and auxiliary targets."""
+"""Whole runs: annotations that have to agree with the TA, stand-ins and auxiliary targets; and one stage alone."""
 
 import json
 import subprocess
@@ -81,3 +81,22 @@ def test_a_run_with_agreement_stand_ins_and_auxiliary_targets(tmp_path: Path) ->
     assert found["student's answer that stands in"]["sample_id"] == own[0]
     assert {row["reason"] for row in found["other annotations"]} <= {"replaced", "disagreement"}
     assert trace(targets[0]["row_id"])["teacher's auxiliary target"]["sample_id"] == targets[0]["row_id"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_run_of_one_stage(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "teacher", seed=1)
+    data, root = tiny.settings(tmp_path), tmp_path / "root"
+    data["budget"]["warmup_share"], data["signals"]["candidates"] = 0, 40
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data))
+    result = finish(start(tmp_path / "tiny.yaml", root))
+    assert (result["state"], list(result["metrics"])) == ("Completed", ["base", "final", "teacher"])
+    assert not list(root.glob("stages/warmup-*"))
+    assert rows(root, "prompts", "warmup") == []
+    assert facts(root, "annotate")["charged_in_all"]["queries"] == 24
+    # Its signals are the base student's.
+    (base,) = {row["revision"] for row in rows(root, "student-sample", "samples")}
+    assert base == facts(root, "models")["models"]["student"]["revision"]
+    assert facts(root, "train")["steps"] == 3
+    assert "Stage 1" not in Path(result["report"]).read_text()
