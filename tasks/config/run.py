@@ -8,14 +8,15 @@ from pydantic import ConfigDict, Field, model_validator
 from tasks.config.auxiliary import Auxiliary
 from tasks.config.base import Config, absent
 from tasks.config.budget import Budget
+from tasks.config.consistent import check
 from tasks.config.document import parse, read_document
 from tasks.config.evaluate import EvaluateConfig, PromoteConfig
 from tasks.config.mentor import Mentor
 from tasks.config.methods import Sft
-from tasks.config.models import Engines, Models, OpenAIModel, PromotedModel
+from tasks.config.models import Engines, Models, OpenAIModel
 from tasks.config.peers import FIRST, Everyone, Peers
 from tasks.config.placement import Placement
-from tasks.config.prompts import InboxSource, PromptsConfig
+from tasks.config.prompts import PromptsConfig
 from tasks.config.recurring import Recurring
 from tasks.config.served import Served, served
 from tasks.config.signals import Distributions, Sampling, Signals
@@ -200,163 +201,9 @@ class RunConfig(Config):
         return self.selected_prompts + (self.mentor.prompts if self.mentor else 0)
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> "RunConfig":
-        if self.leaves_a_stage_none:
-            raise ValueError(
-                f"budget.warmup_share {self.budget.warmup_share} of {self.budget.queries} queries leaves a stage none:"
-                " raise budget.queries"
-            )
-        for name, settings in self.trainings.items():
-            method: Any = settings.method
-            if method.compares and method.annotated == "stored" and not self.sampling.distributions:
-                raise ValueError(
-                    f"{name}.method.annotated stored needs the teacher's distributions: set sampling.distributions "
-                    "({type: top} will do), or annotated live"
-                )
-            if method.asks_teacher and self.resources.placement.teacher == "served":
-                self._can_be_served(name, settings)
-        self._kept()
-        self._asked_beside()
-        rest = self.selected_prompts
-        if self.signals.candidates is not None and self.signals.candidates < rest:
-            raise ValueError(
-                f"signals.candidates {self.signals.candidates} are fewer than the {rest} queries after the warm-up:"
-                " raise it, or lower budget.queries"
-            )
-        self._recurs()
-        self._peers_fit()
-        writing = [("student", "sampling.student", self.sampling.student)]
-        writing += [(role, "sampling.teacher", self.sampling.teacher) for role in self.teachers]
-        writing += [("mentor", "mentor.sampling", self.mentor.sampling)] if self.mentor else []
-        for role, field, sampling in writing:
-            model = self.served[role]
-            if isinstance(model.source, OpenAIModel):
-                continue
-            if self.prompts.max_prompt_tokens + sampling.max_tokens > model.engine.max_model_len:
-                raise ValueError(
-                    f"{model.engine_field}.max_model_len {model.engine.max_model_len} is below "
-                    f"prompts.max_prompt_tokens {self.prompts.max_prompt_tokens} + {field}.max_tokens "
-                    f"{sampling.max_tokens}: raise it"
-                )
-        self._scored()
+    def _consistent(self) -> "RunConfig":
+        check(self)
         return self
-
-    def _can_be_served(self, name: str, settings: TrainConfig) -> None:
-        """A training whose teacher engines serve asks it for blocks of no more than they read."""
-        if not settings.method.in_blocks:
-            raise ValueError(f"{name}.method.decoder: a teacher that is served scores blocks: set blockwise")
-        most = self.served["teacher"].engine.max_model_len
-        if most < settings.max_length:
-            raise ValueError(
-                f"engines.teacher.max_model_len {most} is below {name}.max_length {settings.max_length}, which a "
-                "teacher that is served reads: raise it"
-            )
-
-    def _peers_fit(self) -> None:
-        """What several teachers ask of the rest of the settings."""
-        if self.peers is None:
-            if self.budget.prices:
-                raise ValueError("budget.prices are those of further teachers, and there are none: set price")
-            return
-        if self.auxiliary:
-            raise ValueError("auxiliary with peers: its targets are one teacher's: leave one of both out")
-        if self.sampling.distributions:
-            raise ValueError(
-                "sampling.distributions with peers: methods learn the first teacher's distributions, also on what the "
-                "others wrote: leave it out, and set annotated live"
-            )
-        for name in self.budget.prices or {}:
-            if name not in self.peers.names[1:]:
-                raise ValueError(f"budget.prices: no further teacher is called {name!r}: name those of peers.teachers")
-        known = [self.models.teacher]
-        for number, peer in enumerate(self.peers.teachers):
-            if peer.model in known:
-                raise ValueError(f"peers.teachers.{number}.model: {peer.name!r} is a teacher already, remove one")
-            known.append(peer.model)
-        if self.peers.review and sum(not isinstance(source, OpenAIModel) for source in known) < 2:
-            raise ValueError(
-                "peers.review: endpoints review nothing, so it takes two teachers that run here: leave it out"
-            )
-
-    def _kept(self) -> None:
-        """What keeping needs of prompts, models and training."""
-        keep, longest = self.signals.keep, self.prompts.max_prompt_tokens
-        if keep.calibrate and self.prompts.verifier == "none":
-            raise ValueError("signals.keep.calibrate needs known answers, and prompts.verifier is none: remove one")
-        if keep.calibrate and not self.calibration_share:
-            zero = next(name for name, training in self.trainings.items() if not training.validation_share)
-            raise ValueError(f"signals.keep.calibrate needs validation prompts: raise {zero}.validation_share above 0")
-        if keep.agreement and self.prompts.verifier == "none":
-            raise ValueError("signals.keep.agreement compares final answers, and prompts.verifier is none: remove one")
-        if self.signals.select.rule == "oracle" and self.prompts.verifier == "none":
-            raise ValueError(
-                "signals.select.rule oracle needs known answers, and prompts.verifier is none: set signals"
-            )
-        if keep.agreement and longest + keep.agreement.max_tokens > self.engines.assistant.max_model_len:
-            raise ValueError(
-                f"engines.assistant.max_model_len {self.engines.assistant.max_model_len} is below "
-                f"prompts.max_prompt_tokens {longest} + signals.keep.agreement.max_tokens {keep.agreement.max_tokens}: "
-                "raise it"
-            )
-        method: Any = self.train.method
-        if keep.stand_in and method.compares and method.annotated == "stored":
-            raise ValueError(
-                "signals.keep.stand_in trains on text of the student, of which no distributions of the teacher are "
-                "stored: set train.method.annotated live, or leave stand_in out"
-            )
-
-    def _scored(self) -> None:
-        """Who gives answers a confidence has room for the longest prompt, the longest answer, and the question."""
-        asked = self.signals.confidence.tokens
-        if asked is None:
-            return
-        theirs, own = ("sampling.teacher", self.sampling.teacher), ("sampling.student", self.sampling.student)
-        mentors = [("mentor.sampling", self.mentor.sampling)] if self.mentor else []
-        reads = {"assistant": [theirs, own, *mentors]}
-        if self.peers and self.peers.review:
-            reads |= {role: [theirs] for role in self.teachers}
-        for role, writing in reads.items():
-            model, (field, longest) = self.served[role], max(writing, key=lambda entry: entry[1].max_tokens)
-            needed = self.prompts.max_prompt_tokens + longest.max_tokens + asked
-            if not isinstance(model.source, OpenAIModel) and needed > model.engine.max_model_len:
-                raise ValueError(
-                    f"{model.engine_field}.max_model_len {model.engine.max_model_len} is below "
-                    f"prompts.max_prompt_tokens {self.prompts.max_prompt_tokens} + {field}.max_tokens "
-                    f"{longest.max_tokens} + the question of signals.confidence, {asked} at most: raise it to {needed}"
-                )
-
-    def _asked_beside(self) -> None:
-        """What an auxiliary target needs of engines and training, and what else only rows are made for."""
-        beside, method = self.auxiliary, self.train.method
-        for_rows = {"auxiliary": beside, "mentor": self.mentor, "signals.keep.stand_in": self.signals.keep.stand_in}
-        unused = [name for name, section in for_rows.items() if section]
-        if unused and "on_policy_share" in type(method).model_fields and method.on_policy_share == 1:
-            raise ValueError(
-                f"{unused[0]}: train.method {method.type} trains on rollouts alone, so its rows would only be made "
-                f"and paid for: lower train.method.on_policy_share below 1, or leave {unused[0]} out"
-            )
-        if not beside:
-            return
-        needed = self.prompts.max_prompt_tokens + beside.template_tokens + beside.max_tokens
-        if not self.text_only and needed > self.engines.teacher.max_model_len:
-            raise ValueError(
-                f"engines.teacher.max_model_len {self.engines.teacher.max_model_len} is below "
-                f"prompts.max_prompt_tokens {self.prompts.max_prompt_tokens} + auxiliary.template's "
-                f"{beside.template_tokens} at most + auxiliary.max_tokens {beside.max_tokens}: raise it"
-            )
-
-    def _recurs(self) -> None:
-        """What only makes sense in runs that follow each other, and what does not make sense in them."""
-        if any(isinstance(source, InboxSource) for source in self.prompts.heldout_sources):
-            raise ValueError(
-                "prompts.heldout_sources: an inbox gives prompts to learn from: leave it out, held-out prompts are set "
-                "aside of the sources"
-            )
-        if self.recurring is None:
-            if any(isinstance(source, InboxSource) for source in self.prompts.sources):
-                raise ValueError("prompts.sources: an inbox needs the section recurring: add it, {} will do")
-            if isinstance(self.models.student, PromotedModel):
-                raise ValueError("models.student: type promoted needs the section recurring: add it, {} will do")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

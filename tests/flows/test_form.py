@@ -62,7 +62,7 @@ def test_every_setting_has_its_text_and_range() -> None:
     steps = definitions["TrainConfig"]["properties"]["steps"]
     assert steps["description"] == "Optimiser steps. (at least 1)"
     share = definitions["Budget"]["properties"]["warmup_share"]["description"]
-    assert share.endswith("(above 0, below 1)")
+    assert share.endswith("(at least 0, below 1)")
 
 
 def test_choices_are_named_and_told_apart() -> None:
