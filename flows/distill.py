@@ -92,10 +92,8 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     # Warm up: a small share of the budget on random prompts makes a student whose signals mean something. In a run of
     # one stage it stays as it comes.
     share, at_warmup = budget.warmup_share, {"table": "warmup", **shared}
-    warmup_samples: dict[str, str] = {}
-    warmup_review: dict[str, str] = {}
-    warmup_kept: dict[str, str] = {}
-    targets: dict[str, str] = {}
+    nothing: dict[str, str] = {}
+    warmup_samples, warmup_review, warmup_kept, targets, warmed = nothing, nothing, nothing, nothing, nothing
     student, weights = warm, "promoted" if warm else None
     if config.warms_up:
         warmup_samples = annotate(pipeline, "warmup-annotate", (0.0, share), {}, at_warmup, models, prompts)
@@ -103,7 +101,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         warmup_review = {"warmup_review": warmup_answers} if config.peers else {}
         warmup_kept = {"warmup_keep": keep("warmup-keep", "warmup", prompts, warmup_answers, {})}
         targets = auxiliary(pipeline, "warmup-auxiliary", share, last(warmup_samples), at_warmup, models, prompts)
-        warmup = stage(
+        trained = stage(
             "warmup-train",
             "tasks.train",
             {
@@ -119,7 +117,8 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             **student,
             **targets,
         )
-        student, weights = {"warmup_train": warmup}, "warmup-train"
+        warmed = {"warmup_train": trained}
+        student, weights = warmed, "warmup-train"
 
     # Signals: where the student contradicts itself, and where the TA doubts it, the teacher is worth asking.
     student_samples = stage(
@@ -160,7 +159,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
     answers = together(pipeline, "review", samples, at_selected, models, selected)
     own = {"select": selected, "student_sample": student_samples} if config.signals.keep.stand_in else {}
     kept = keep("keep", "selected", selected, answers, own)
-    targets |= auxiliary(pipeline, "auxiliary", 1.0, last(samples), at_selected, models, selected)
+    targets = targets | auxiliary(pipeline, "auxiliary", 1.0, last(samples), at_selected, models, selected)
 
     # Mentor: a model between both learns what was kept, and annotates prompts that the teacher was not asked about.
     mentored = {}
@@ -241,7 +240,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         models=models,
         prompts=prompts,
         evaluate_before=before,
-        **({"warmup_train": warmup} if config.warms_up else {}),
+        **warmed,
         train=final,
         **({"promoted": rival.manifest} if rival and not warm else {}),
     )
@@ -263,7 +262,7 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
         prompts=prompts,
         **warmup_samples,
         **warmup_kept,
-        **({"warmup_train": warmup} if config.warms_up else {}),
+        **warmed,
         student_sample=student_samples,
         select=selected,
         **samples,
