@@ -17,7 +17,7 @@ import pyarrow as pa
 from tasks.config.signals import Select
 from tasks.dedupe import insert
 
-SELECTED, EXHAUSTED, CAPPED = "selected", "budget_exhausted", "source_cap"
+SELECTED, EXHAUSTED, CAPPED, BALANCED = "selected", "budget_exhausted", "source_cap", "balance"
 # Of duckdb: enough for 2·10⁷ candidates, who spill (64 MiB were not). A second thread needs as much again.
 MEMORY = "128MiB"
 # Self-consistency by its measure: what makes more of it doubt.
@@ -82,40 +82,52 @@ class Ranking:
         terms = [f"{self._share(value)} * {weight!r}::DOUBLE" for value, weight in doubts.items() if weight]
         return f"least(({' + '.join(terms)}) / {sum(doubts.values())!r}::DOUBLE, 1.0::DOUBLE)"
 
+    def _last(self, count: int, rows: str) -> int:
+        """The turn of the last of so many rows of ``placed``; that of the last candidate where there are fewer."""
+        if not count:
+            return 0
+        numbered = f"""
+            SELECT turn, row_number() OVER (ORDER BY turn) AS number FROM placed JOIN quotas USING (source) WHERE {rows}
+        """  # noqa: S608 (our own names, and numbers)
+        return self.one(f"SELECT coalesce(max(turn), {self.candidates}) FROM ({numbered}) WHERE number = {count}")  # noqa: S608
+
     def decide(self, select: Select, queries: int) -> None:
         """Give every candidate its uncertainty, and the reason for which it is selected or is not.
 
         The most uncertain are selected, as many as there are queries. No source takes more than ``source_share`` of
         these. ``balance`` moves each source's guaranteed places from its share of the candidates (0: none) to an equal
         share (1), as BalDistill does for long-tailed tasks; places that a source cannot fill go to the ranking.
+
+        Reasons are told by the ranking without guarantees: what stands behind its last query is ``budget_exhausted``;
+        before it ``source_cap`` was passed over, behind as many of its source as that may have, and ``balance`` lost
+        its query to a guaranteed place.
         """
         cap, balance = math.ceil(select.source_share * queries), select.balance
         natural = f"{1 - balance!r}::DOUBLE * count(*) / {self.candidates}"
         uniform = f"{balance!r}::DOUBLE / (SELECT count(DISTINCT source) FROM candidates)"  # noqa: S608
         guaranteed = f"least({cap}, trunc({queries} * ({natural} + {uniform})))" if balance else "0"
         self.db.execute(f"""
-            CREATE OR REPLACE TABLE ranked AS
+            CREATE OR REPLACE TABLE doubted AS
                 SELECT n, source, draw, {self._uncertainty(select)} AS uncertainty FROM candidates;
+            CREATE OR REPLACE TABLE ranked AS
+                SELECT n, source, uncertainty, row_number() OVER (ORDER BY {ORDER}) AS turn FROM doubted;
             CREATE OR REPLACE TABLE placed AS
-                SELECT *, row_number() OVER (PARTITION BY source ORDER BY {ORDER}) - 1 AS place FROM ranked;
+                SELECT *, row_number() OVER (PARTITION BY source ORDER BY turn) - 1 AS place FROM ranked;
             CREATE OR REPLACE TABLE quotas AS
                 SELECT source, count(*) AS size, {guaranteed} AS guaranteed FROM candidates GROUP BY source;
         """)  # noqa: S608 (our own names, and numbers)
         left = queries - int(self.one("SELECT sum(least(guaranteed, size)) FROM quotas"))
-        room = int(self.one(f"SELECT sum(least({cap}, size)) FROM quotas"))  # noqa: S608
+        plain = self._last(queries, f"place < {cap}")
+        free = self._last(left, f"place < {cap} AND place >= guaranteed")
         self.db.execute(f"""
-            CREATE OR REPLACE TABLE chosen AS
-                SELECT n FROM placed JOIN quotas USING (source) WHERE place < guaranteed
-                UNION ALL
-                SELECT n FROM (
-                    SELECT n, row_number() OVER (ORDER BY {ORDER}) AS turn FROM placed JOIN quotas USING (source)
-                    WHERE place >= guaranteed AND place < {cap}
-                ) WHERE turn <= {left};
             CREATE OR REPLACE TABLE fates AS
-                SELECT n, uncertainty, CASE WHEN chosen.n IS NOT NULL THEN '{SELECTED}'
-                    ELSE '{CAPPED if room < queries else EXHAUSTED}' END AS reason
-                FROM ranked LEFT JOIN chosen USING (n) ORDER BY n;
-            DROP TABLE ranked; DROP TABLE placed; DROP TABLE chosen;
+                SELECT n, uncertainty, CASE
+                    WHEN place < guaranteed OR (place < {cap} AND turn <= {free}) THEN '{SELECTED}'
+                    WHEN turn > {plain} THEN '{EXHAUSTED}'
+                    WHEN place >= {cap} THEN '{CAPPED}'
+                    ELSE '{BALANCED}' END AS reason
+                FROM placed JOIN quotas USING (source) ORDER BY n;
+            DROP TABLE doubted; DROP TABLE ranked; DROP TABLE placed;
         """)  # noqa: S608
 
     def fates(self, start: int, end: int) -> pa.Table:

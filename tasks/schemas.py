@@ -153,7 +153,9 @@ SIGNAL = pa.schema(
         ),  # the TA's confidence in the majority answer; null if its engine died of it
         ("uncertainty", pa.float32()),  # rank average, 0 to 1
         ("selected", pa.bool_()),
-        ("reason", pa.string()),  # selected | budget_exhausted | source_cap
+        # selected | budget_exhausted: behind the ranking's last query | source_cap: before it, behind as many of its
+        # source as that may have | balance: its query went to a place guaranteed to another source
+        ("reason", pa.string()),
     ]
 )
 

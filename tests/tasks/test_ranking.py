@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from infra.manifest import DamagedError
 from tasks.config.signals import Select
-from tasks.ranking import CAPPED, EXHAUSTED, SELECTED, deciding_columns, draw, ranking
+from tasks.ranking import BALANCED, CAPPED, EXHAUSTED, SELECTED, deciding_columns, draw, ranking
 from tasks.schemas import SIGNAL
 
-DOUBTS = st.tuples(st.integers(1, 5), st.none() | st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(0, 3))
+# One is most of them: what is guaranteed to the others displaces some of it.
+SOURCES = st.sampled_from([0, 0, 0, 0, 1, 2])
+DOUBTS = st.tuples(st.integers(1, 5), st.none() | st.sampled_from([0.0, 0.25, 0.5, 1.0]), SOURCES)
 
 
 def candidate(name: str, unique: int = 1, assistant: float | None = None, **given: Any) -> dict[str, Any]:
@@ -95,7 +97,46 @@ def test_balance_keeps_rare_sources_in(balance: float, rare: int) -> None:
     wanted = [candidate(str(n), 200 - n, source="common" if n < 90 else "rare") for n in range(100)]
     found = decide(wanted, Select(rule="signals", balance=balance, assistant_weight=0), 20)
     assert sum(reason == SELECTED for _, reason in found[90:]) == rare
-    assert {reason for _, reason in found} == {SELECTED, EXHAUSTED}
+    # The ranking alone would take the first twenty, and those that had to go stand at its end.
+    assert [reason for _, reason in found[:20]] == [SELECTED] * (20 - rare) + [BALANCED] * rare
+    assert {reason for _, reason in found[20:]} <= {SELECTED, EXHAUSTED}
+
+
+def test_each_row_has_its_own_reason() -> None:
+    """Two places a source at most, of four, and one guaranteed to each."""
+    wanted = [
+        ("common", SELECTED),
+        ("common", SELECTED),
+        ("common", CAPPED),
+        ("common", CAPPED),
+        ("other", SELECTED),
+        ("other", BALANCED),  # its query went to the rare one
+        ("other", EXHAUSTED),
+        ("common", EXHAUSTED),  # its source is full, but no query was left either
+        ("rare", SELECTED),
+        ("rare", EXHAUSTED),
+    ]
+    candidates = [candidate(str(n), 20 - n, source=source) for n, (source, _) in enumerate(wanted)]
+    found = decide(candidates, Select(rule="signals", source_share=0.5, balance=1.0, assistant_weight=0), 4)
+    assert [reason for _, reason in found] == [reason for _, reason in wanted]
+
+
+def walked(order: list[int], sources: list[str], cap: int, queries: int, guaranteed: dict[str, int]) -> dict[int, str]:
+    """Fates by going through the ranking one by one: once without guarantees, then with them."""
+    plain, taken = {}, Counter[str]()
+    for n in order:
+        if taken.total() == queries:
+            plain[n] = EXHAUSTED
+        else:
+            plain[n] = CAPPED if taken[sources[n]] == cap else BALANCED
+            taken[sources[n]] += plain[n] == BALANCED
+    chosen, taken = set[int](), Counter[str]()
+    for quotas, most in ((guaranteed, math.inf), (dict.fromkeys(sources, cap), queries)):
+        for n in order:
+            if n not in chosen and len(chosen) < most and taken[sources[n]] < quotas[sources[n]]:
+                chosen.add(n)
+                taken[sources[n]] += 1
+    return {n: SELECTED if n in chosen else plain[n] for n in order}
 
 
 def share(values: list[float]) -> list[Fraction]:
@@ -109,16 +150,16 @@ def share(values: list[float]) -> list[Fraction]:
     ]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
-    doubts=st.lists(DOUBTS, min_size=1, max_size=40),
-    queries=st.integers(1, 50),
-    most=st.sampled_from([0.1, 0.4, 1.0]),
-    balance=st.sampled_from([0.0, 0.3, 1.0]),
+    doubts=st.lists(DOUBTS, min_size=20, max_size=40) | st.lists(DOUBTS, min_size=1, max_size=12),
+    queries=st.integers(4, 12) | st.integers(1, 50),
+    most=st.sampled_from([1.0, 0.4, 0.1]),
+    balance=st.sampled_from([1.0, 0.3, 0.0]),
     weights=st.sampled_from([(1.0, 1.0), (3.0, 1.0), (0.0, 1.0)]),
     seed=st.integers(0, 999),
 )
-def test_ranks_are_those_counted_and_budget_and_caps_hold(
+def test_ranks_are_those_counted_budget_and_caps_hold_and_reasons_are_those_of_a_walk(
     doubts: list[tuple[int, float | None, int]],
     queries: int,
     most: float,
@@ -149,3 +190,11 @@ def test_ranks_are_those_counted_and_budget_and_caps_hold(
     for source in set(sources):
         chosen = [found[n][1] == SELECTED for n in order if sources[n] == source]
         assert chosen == sorted(chosen, reverse=True)
+    sizes = Counter(sources)
+    places = {
+        source: math.trunc(queries * ((1 - balance) * size / len(sources) + balance / len(sizes)))
+        for source, size in sizes.items()
+    }
+    guaranteed = {source: min(cap, count) if balance else 0 for source, count in places.items()}
+    fates = walked(order, sources, cap, queries, guaranteed)
+    assert [reason for _, reason in found] == [fates[n] for n in range(len(found))]
