@@ -89,7 +89,7 @@ def compare(
 
 @keeper.command()
 def signals(run: str, root: Root = "runs/default", json_: Json = False) -> None:
-    """Say what each signal would have selected, and what its annotation would have cost."""
+    """Say what each signal would have selected, what that would be charged, and what the TA's filter dropped."""
     from flows.compare import choices
     from flows.tables import choices_table
 

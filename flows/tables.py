@@ -113,22 +113,27 @@ def budget_table(accounts: list[Account]) -> Table:
 
 def choices_table(rows: list[dict[str, Any]]) -> Table:
     """``flows.compare.choices`` as a table."""
-    same = all(row["shared"] == row["queries"] for row in rows)
-    caption = (
-        "every candidate was selected: with more of them (signals.candidates) ways to select differ" if same else None
+    said = []
+    if all(row["shared"] in (None, row["prompts"]) for row in rows):
+        said += ["every candidate was selected: with more of them (signals.candidates) ways to select differ"]
+    said += [f"{row['signal']}: {row['note']}" for row in rows if row["note"]]
+    table = Table(
+        title="what each signal would have selected, and what that would be charged",
+        title_justify="left",
+        caption=escape("\n".join(said)),
+        caption_justify="left",
     )
-    table = Table(title="what each signal would have selected", title_justify="left", caption=caption)
     table.add_column("signal")
     priced = any(row["money"] is not None for row in rows)
-    names = ["queries", "as selected", "known to be wrong", "unique answers", "TA's confidence", "teacher tokens"]
-    for name in [*names, *(["money"] if priced else [])]:
+    names = ["prompts", "as selected", "known to be wrong", "unique answers", "TA's confidence"]
+    for name in [*names, "queries", "teacher tokens", *(["money"] if priced else [])]:
         table.add_column(name, justify="right")
     for row in rows:
+        shared = "" if row["shared"] is None else f"{row['shared']} of {row['prompts']}"
         wrong = f"{row['known_wrong']} of {row['known']}" if row["known"] else ""
-        means = (written(row["mean_unique_answers"]), written(row["mean_ta_student"]))
-        shared = f"{row['shared']} of {row['queries']}"
-        cost = [f"{row['teacher_tokens']:,}", *([written(row["money"])] if priced else [])]
-        table.add_row(row["signal"], str(row["queries"]), shared, wrong, *means, *cost)
+        values = [row["mean_unique_answers"], row["mean_ta_student"], row["queries"], row["teacher_tokens"]]
+        values += [row["money"]] if priced else []
+        table.add_row(row["signal"], written(row["prompts"]), shared, wrong, *map(written, values))
     return table
 
 

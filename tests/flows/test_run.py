@@ -138,10 +138,12 @@ def test_runs_are_compared_and_signals_weighed(finished: Finished, tmp_path: Pat
     assert "runs side by side" in page.read_text()
 
     weigh = [*COMMAND, "signals", "tiny", *options]
-    ways = json.loads(subprocess.run(weigh, capture_output=True, text=True, cwd=ROOT, check=True).stdout)
+    *ways, after = json.loads(subprocess.run(weigh, capture_output=True, text=True, cwd=ROOT, check=True).stdout)
     by_way = {way["signal"]: way for way in ways}
-    assert by_way["both"]["shared"] == by_way["both"]["queries"] == 12
+    assert by_way["both"]["shared"] == by_way["both"]["prompts"] == 12
     assert all(way["queries"] == 12 and way["teacher_tokens"] > 0 for way in ways)
+    reasons = [why for stage in ("warmup-keep", "keep") for why in ids(finished.root, stage, "scores", "reason")]
+    assert after["queries"] == reasons.count("below_threshold")
     assert by_way["oracle"]["known_wrong"] == max(way["known_wrong"] for way in ways)
 
 
