@@ -38,7 +38,7 @@ class Rate:
 
 
 def teacher_tokens(manifests: Manifests) -> int | None:
-    """Tokens the teacher read and wrote for annotation, and positions it was asked about during training."""
+    """Tokens the teacher read and wrote for annotation, and positions of rollouts it was asked about in training."""
     annotated = []
     for name in annotations(manifests):
         charged = fact(manifests, name, "charged") or (manifests[name].facts if name in manifests else {})
