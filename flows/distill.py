@@ -80,6 +80,8 @@ def story(pipeline: Pipeline, found: dict[str, Any]) -> str:
             settings["peer_review"] = config.peers.review.threshold
         if not charged:
             settings["charges"] = False
+            # All of a mentor's rows are trained on.
+            settings |= {"drop_calibrating": True} if config.signals.keep.calibrate else {}
         if own or rule["answers"] == "majority":
             settings["same_text"] = config.signals.select.same_text
         if config.signals.keep.calibrate:

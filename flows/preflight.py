@@ -26,6 +26,7 @@ from infra.store import open_store
 from tasks.config import RunConfig
 from tasks.config.evaluation import Evaluation
 from tasks.config.models import OpenAIModel
+from tasks.config.peers import BySource
 from tasks.config.prompts import InboxSource, ReasoningGymSource
 from tasks.ledger import Amount, caps_of
 from tasks.models import identity
@@ -159,8 +160,10 @@ def affordable(config: RunConfig) -> list[str]:
     parts = pairwise([0.0, *(config.peers.parts() if config.peers else [1.0])])
     found = []
     for teacher, (before, after) in zip(config.teachers, parts, strict=True):
-        # One that is given nothing covers nothing; one that is given something covers one prompt.
-        share = min(budget.warmup_share or 1, 1 - budget.warmup_share) * (after - before or after)
+        # One that is given nothing covers nothing; one that is given something covers one prompt. By source each may be
+        # given all.
+        part = after if config.peers and isinstance(config.peers.routing, BySource) else after - before
+        share = min(budget.warmup_share or 1, 1 - budget.warmup_share) * part
         for unit in ("tokens", "money") if share else ():
             other, price = "money" if unit == "tokens" else "tokens", budget.price_of(teacher)
             caps = caps_of(budget.model_copy(update={other: None, "price": price}))

@@ -56,9 +56,7 @@ vllm serve . --served-model-name {name}
 |---|---|
 {facts}
 
-The method: a small warm-up trains the student on a few of the teacher's answers. Its own answers, and a teaching
-assistant's confidence in them, then decide which prompts are worth a teacher query; the assistant's confidence in the
-teacher's answers decides which are learnt (Zhou & Ai 2024, arXiv 2406.05322). {method}
+The method: {signals} {method}
 
 It shares the limits of its teacher, and was measured on held-out problems of the data above only.
 """
@@ -95,6 +93,7 @@ def card(config: RunConfig, manifests: Manifests, results: Results, student: Mod
         template_args=code_text(arguments),
         max_tokens=evaluate.max_tokens,
         facts="\n".join(f"| {name} | {plain(value)} |" for name, value in rows(config, manifests, fingerprint)),
+        signals=signals_text(config),
         method=method_text(config.train),
     )
 
@@ -175,6 +174,27 @@ def training(config: TrainConfig) -> str:
         f"{config.method.type}, {config.steps:,} steps of {config.batch_size} sequences, "
         f"learning rate {config.learning_rate:g}"
     )
+
+
+def signals_text(config: RunConfig) -> str:
+    """What decided, before and behind the teacher."""
+    select, keep = config.signals.select.rule, config.signals.keep
+    told = [
+        "a small warm-up trained the student on a few of the teacher's answers." if config.warms_up else "one stage."
+    ]
+    told.append(
+        {
+            "signals": "Its own answers, and a teaching assistant's confidence in them, decided which prompts were "
+            "worth a teacher query (Zhou & Ai 2024, arXiv 2406.05322).",
+            "random": "Prompts were drawn at random.",
+            "oracle": "Prompts that the student was known to get wrong were asked about.",
+        }[select]
+    )
+    if keep.rule != "all" or keep.agreement or keep.stand_in:
+        told.append(
+            "What the assistant said of the teacher's answers decided which were learnt, or how much each counted."
+        )
+    return "\n".join(told)
 
 
 def method_text(config: TrainConfig) -> str:

@@ -53,8 +53,9 @@ class KeepSettings(Config):
     charges: bool = True
     """Whether the samples were charged to the budget: rollouts start from charged prompts only."""
     validation_share: float = 0.0
-    """Which prompts no training learns from, where the confidence is calibrated; a mentor's rows that calibrate are
-    dropped, as all of its rows are trained on."""
+    """Which prompts no training learns from, where the confidence is calibrated."""
+    drop_calibrating: bool = False
+    """Whether rows that calibrate are dropped, as no training leaves them out by itself."""
     seed: int = 0
     """Seed of the run: which prompts are validation."""
 
@@ -161,7 +162,7 @@ def filter_shard(
     for row in scores:
         if row["kept"] and row["sample_id"] in doubted:
             row |= {"kept": False, "reason": "peer_review"}
-        if row["kept"] and row["calibrates"] and not stage.settings.charges:
+        if row["kept"] and row["calibrates"] and stage.settings.drop_calibrating:
             row |= {"kept": False, "reason": "calibrates"}
     by_id = {prompt["prompt_id"]: prompt for prompt in prompts}
     theirs: dict[str, list[dict[str, Any]]] = {prompt_id: [] for prompt_id in by_id}

@@ -174,7 +174,7 @@ class Ledger:
         self._tries: dict[int, list[_Entry]] = {}  # by shard
         self._charges: dict[tuple[int, int], Amount] = {}  # by query, of shards that are not committed
         self._closed: dict[int, Amount] = {}
-        self._under_way: set[str] = set()
+        self._under_way: dict[str, Amount] = {}  # by reservation, its spare tries
         for shard, charged in (committed or {}).items():
             self.close(shard, charged)
         self._read()
@@ -183,6 +183,11 @@ class Ledger:
     def under_way(self) -> bool:
         """Whether something was sent from here that may yet give back a part of its reservation."""
         return bool(self._under_way)
+
+    @property
+    def spare(self) -> Amount:
+        """What is reserved for further tries of requests that are under way from here."""
+        return together(self._under_way.values())
 
     def reserve(
         self, shard: int, worst: Mapping[int, Amount], spare: int = 0, *, whole: bool = False
@@ -203,7 +208,7 @@ class Ledger:
             queries = {number: amount.parts for number, amount in taken.items()}
             entry = {"reserve": reservation.id, "shard": shard, "queries": queries, "extra": extra.parts}
             if self._append(entry):
-                self._under_way.add(reservation.id)
+                self._under_way[reservation.id] = extra
                 return reservation
 
     def settle(self, reservation: Reservation, used: Mapping[int, Amount], lost: Amount = NOTHING) -> None:
@@ -213,7 +218,7 @@ class Ledger:
         entry = {"settle": reservation.id, "queries": queries, "extra": lost.parts}
         while not self._append(entry):
             pass
-        self._under_way.discard(reservation.id)
+        self._under_way.pop(reservation.id, None)
         over = [number for number, amount in used.items() if not amount.within(reservation.worst[number])]
         if over or not lost.within(reservation.largest * reservation.spare):
             bill, most = (used[over[0]], reservation.worst[over[0]]) if over else (lost, reservation.largest)
@@ -225,7 +230,7 @@ class Ledger:
 
     def lose(self, reservation: Reservation) -> None:
         """Nobody will tell what it used: it stays at its worst."""
-        self._under_way.discard(reservation.id)
+        self._under_way.pop(reservation.id, None)
 
     def close(self, shard: int, charged: Amount) -> None:
         """The shard is committed: this is what its queries are charged, whatever was reserved for them."""

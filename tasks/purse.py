@@ -94,8 +94,9 @@ class Purse:
         return self.ledger.spent_before + self.ledger.spent
 
     def left(self) -> dict[str, Any]:
-        """Of the budget, for those who watch: what is left in words, what is charged and spent in figures."""
-        charged, spent = self.charged(), self.spent()
+        """Of the budget, for those who watch: what is left in words, what is charged and spent in figures. Tries that
+        may yet be needed are not spent."""
+        charged, spent = self.charged(), self.spent() - self.ledger.spare
         figures = {"charged": self.in_all("charged", charged), "spent": self.in_all("spent", spent)}
         return {"left": in_words(self.caps, charged), **figures}
 

@@ -31,8 +31,8 @@ def check(config: "RunConfig") -> None:
     rest = config.selected_prompts
     if config.signals.candidates is not None and config.signals.candidates < rest:
         raise ValueError(
-            f"signals.candidates {config.signals.candidates} are fewer than the {rest} queries after the warm-up:"
-            " raise it, or lower budget.queries"
+            f"signals.candidates {config.signals.candidates} are fewer than the {rest} prompts that are chosen of "
+            "them: raise it, or lower budget.queries"
         )
     _recurs(config)
     _peers_fit(config)

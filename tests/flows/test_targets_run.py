@@ -100,3 +100,4 @@ def test_a_run_of_one_stage(tmp_path: Path) -> None:
     assert base == facts(root, "models")["models"]["student"]["revision"]
     assert facts(root, "train")["steps"] == 3
     assert "Stage 1" not in Path(result["report"]).read_text()
+    assert "The method: one stage." in (Path(result["student"]) / "README.md").read_text()

@@ -220,6 +220,7 @@ def test_what_the_budget_does_not_reach_stays_with_its_reason(tmp_path: Path) ->
     assert 200 - purse.charged().tokens < LONGEST + MOST
     assert all(row["queries"] == (row["reason"] == "answered") for row in rows)
     assert purse.left()["charged"]["queries"] == answered
+    assert purse.left()["spent"] == purse.left()["charged"]
     assert purse.left()["left"] == f"{100 - answered} queries, {200 - purse.charged().tokens} tokens"
 
 

@@ -147,12 +147,12 @@ def test_what_calibrates_is_not_trained_on_though_all_of_a_mentors_rows_are(tmp_
     chosen = {name for name in names if chance(0, "validation", name) < 0.5}
     assert 0 < len(chosen) < len(names)
     calibrate = {"rule": "all", "calibrate": {"least": 2}}
-    for charges in (True, False):
-        found = keep(tmp_path / str(charges), more={"validation_share": 0.5, "charges": charges}, **calibrate)
+    for drop in (False, True):
+        found = keep(tmp_path / str(drop), more={"validation_share": 0.5, "drop_calibrating": drop}, **calibrate)
         rows = read_rows(found.store, found.manifest, "scores").to_pylist()
         assert {row["prompt_id"] for row in rows if row["calibrates"]} == chosen
         # Training leaves the teacher's rows of these prompts out by itself.
-        dropped = set() if charges else chosen
+        dropped = chosen if drop else set()
         assert {row["prompt_id"] for row in rows if row["reason"] == "calibrates"} == dropped
         assert not {row["prompt_id"] for row in kept(found).values()} & dropped
 
