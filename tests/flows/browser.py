@@ -1,5 +1,6 @@
 """Somebody at a real browser before Prefect's UI."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ class Operator:
                     menu.click(timeout=SETTLE_MS)
                 return option.click(timeout=SETTLE_MS)
         raise AssertionError(f"{entry!r} could not be chosen in {TRIES} tries")
+
+    def insist(self, act: Callable[[], Any]) -> None:
+        """Do something from its beginning again where the page, drawing itself anew, closed the form halfway."""
+        for _ in range(TRIES):
+            with suppress(TimeoutError):
+                act()
+                return
+            self.page.reload()
+        raise AssertionError(f"{act.__name__} was tried {TRIES} times")
 
     def field(self, label: str) -> Any:
         """The innermost part of the form with this label."""

@@ -38,17 +38,21 @@ def test_a_deployments_parameters_are_edited(operator: Operator, up: Up) -> None
 
 def test_a_schedule_is_added(operator: Operator, up: Up) -> None:
     page, id_ = operator.page, open_deployment(operator, "distill-recurring")["id"]
-    page.get_by_role("button", name="Schedule", exact=True).click()
-    form = page.locator(".p-modal")
-    form.get_by_placeholder("Enter a unique identifier").fill("nightly")
-    form.get_by_text("Cron", exact=True).click()
-    operator.shoot("schedule-form")
-    form.locator(".cron-schedule-form__column--span-3 input").fill("0 4 * * *")
-    operator.choose(form.locator(".p-select", has_text="UTC"), "Europe / Berlin", typed="Berlin")
-    operator.choose(form.locator(".p-select", has_text="Select parameters"), "root")
-    page.keyboard.press("Tab")
-    operator.field("root (Optional)").locator("textarea").fill("runs/nightly")
-    operator.press("Save", "**/schedules")
+
+    def add() -> None:
+        page.get_by_role("button", name="Schedule", exact=True).click()
+        form = page.locator(".p-modal")
+        form.get_by_placeholder("Enter a unique identifier").fill("nightly")
+        form.get_by_text("Cron", exact=True).click()
+        operator.shoot("schedule-form")
+        form.locator(".cron-schedule-form__column--span-3 input").fill("0 4 * * *")
+        operator.choose(form.locator(".p-select", has_text="UTC"), "Europe / Berlin", typed="Berlin")
+        operator.choose(form.locator(".p-select", has_text="Select parameters"), "root")
+        page.keyboard.press("Tab")
+        operator.field("root (Optional)").locator("textarea").fill("runs/nightly")
+        operator.press("Save", "**/schedules")
+
+    operator.insist(add)
     (added,) = (
         schedule for schedule in up.deployment("distill-recurring")["schedules"] if schedule["slug"] == "nightly"
     )
