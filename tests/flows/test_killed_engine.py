@@ -35,11 +35,13 @@ def test_an_engine_that_is_killed_never_overspends(tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "teacher", seed=1)
     model = ModelRef(name="teacher", revision="1", id=str(tmp_path / "teacher"))
     made = Annotation(tmp_path / "root", model, model, ENGINE, prompts=12, caps={"queries": 12})
+    # One death is too many: with more to spend a slow machine would give the engine up first.
+    made.spec.runtime.spending["factor"] = 1.0
     over = threading.Event()
     threading.Thread(target=killer, args=(made.root, 1, over.is_set), daemon=True).start()
     try:
         # Each entry of the ledger is followed by a death: the cap on spending is what ends it.
-        with pytest.raises(SpendingExhausted, match=r"^budget\.spending_factor: 1\.5 times the budget"):
+        with pytest.raises(SpendingExhausted, match=r"^budget\.spending_factor: 1 times the budget"):
             made.run()
     finally:
         over.set()
