@@ -95,7 +95,7 @@ def notes(config: RunConfig) -> list[str]:
     chosen = {"select": config.signals.select.rule != "random", "keep": config.signals.keep.rule != "all"}
     if said := ", ".join(text for part, text in silent.items() if not chosen[part]):
         found.append(f"signals: {said}")
-    if chosen["keep"] and getattr(config.train.method, "on_policy_share", 0) == 1:
+    if chosen["keep"] and config.trains_on_rollouts_alone:
         found.append(
             f"signals.keep: {config.train.method.type} starts rollouts from every prompt that was paid for, and trains "
             "on nothing else, so what is dropped changes the warm-up alone"

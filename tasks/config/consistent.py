@@ -146,7 +146,7 @@ def _asked_beside(config: "RunConfig") -> None:
     beside, method = config.auxiliary, config.train.method
     for_rows = {"auxiliary": beside, "mentor": config.mentor, "signals.keep.stand_in": config.signals.keep.stand_in}
     unused = [name for name, section in for_rows.items() if section]
-    if unused and "on_policy_share" in type(method).model_fields and method.on_policy_share == 1:
+    if unused and config.trains_on_rollouts_alone:
         raise ValueError(
             f"{unused[0]}: train.method {method.type} trains on rollouts alone, so its rows would only be made "
             f"and paid for: lower train.method.on_policy_share below 1, or leave {unused[0]} out"

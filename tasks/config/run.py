@@ -166,6 +166,12 @@ class RunConfig(Config):
         return {**warmup, **mentor, "train": self.train}
 
     @property
+    def trains_on_rollouts_alone(self) -> bool:
+        """Whether stage 2 draws no annotated rows. DistiLLM's share of rollouts is no setting, and falls to 0."""
+        method: Any = self.train.method
+        return "on_policy_share" in type(method).model_fields and method.on_policy_share == 1
+
+    @property
     def leaves_a_stage_none(self) -> bool:
         """Whether a stage has no prompt to ask the teachers about."""
         return self.selected_prompts < 1 or (self.warms_up and self.warmup_prompts < 1)

@@ -9,6 +9,7 @@ import tiny
 from pydantic import ValidationError
 
 from flows.plan import Plan, plan_run
+from flows.preflight import affordable
 from flows.story import runtime
 from tasks.config import RunConfig
 
@@ -173,3 +174,18 @@ def test_a_mentor_that_has_nothing_to_do_or_cannot_is_refused(mentored: Callable
         RunConfig.model_validate(with_mentor(models, lambda data: data["mentor"].update(train=data["train"])))
     with pytest.raises(ValidationError, match=r"engines\.student\.max_model_len 256 is below"):
         RunConfig.model_validate(with_mentor(models, lambda data: data["mentor"].update(sampling={"max_tokens": 140})))
+
+
+@pytest.mark.parametrize(
+    ("shares", "refused"), [({"coder": 0}, []), ({"coder": 1}, ["coder"]), ({"teacher": 0}, ["coder"])]
+)
+def test_the_money_covers_a_prompt_of_whoever_is_given_some(
+    models: Path, shares: dict[str, float], refused: list[str]
+) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["peers"]["routing"] = {"type": "by_weight", "shares": shares}
+        data["budget"] |= {"money": 1.0, "price": {"input": 0.001, "output": 0.001}}
+        data["budget"]["prices"] = {"coder": {"input": 100, "output": 100}}
+
+    found = affordable(RunConfig.model_validate(several(models, change)))
+    assert [line.partition("one prompt of ")[2].partition(",")[0] for line in found] == refused

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from flows.distill import story
-from flows.plan import Plan, plan_run
+from flows.plan import Plan, notes, plan_run
 from flows.story import Planner
 from tasks.accounts import ANNOTATIONS
 from tasks.config import RunConfig
@@ -123,6 +123,13 @@ def test_a_run_of_one_stage_has_no_warmup(planned: Callable[..., Plan], models: 
     assert specs["train"].settings["rows"] == ["keep"]
     assert [entry["label"] for entry in specs["evaluate-after"].settings["entries"]] == ["final"]
     assert specs["annotate"].settings["caps"]["queries"] == 24
+
+
+@pytest.mark.parametrize(("method", "told"), [("opd", True), ("distillm", False), ("switch", False)])
+def test_a_rule_that_changes_the_warmup_alone_is_told(models: Path, method: str, told: bool) -> None:
+    data = tiny.settings(models)
+    data["train"] |= {"method": {"type": method, "max_new_tokens": 12}}
+    assert any("changes the warm-up alone" in note for note in notes(RunConfig.model_validate(data))) is told
 
 
 BESIDE = {"template": "{question} Facts:", "max_tokens": 8}
